@@ -1,0 +1,35 @@
+# Each target does all of its own set-up; it needs git, make and a Python with venv.
+PYTHON ?= python3
+# One place names the torch we test with.
+TORCH := $(shell grep -o 'torch==[0-9.]*' tox.ini)
+TOX := build/tools/bin/tox
+
+.PHONY: test demo bench clean
+
+test: build/tools/.stamp
+	$(TOX) run -e check
+
+demo: build/demo/.stamp
+	build/demo/bin/python examples/train_head.py --cache-dir build/demo-cache
+
+# make bench ARGS="..." hands its arguments on.
+bench: build/tools/.stamp
+	$(TOX) run -e bench -- $(ARGS)
+
+# tox leaves .venv as a file; as a folder it is somebody's own.
+clean:
+	rm -rf build .tox dist .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	[ -d .venv ] || rm -f .venv
+
+# A stamp is written last, so an installation that was cut off is made again from nothing.
+build/tools/.stamp: tox.ini
+	$(PYTHON) -m venv --clear build/tools
+	build/tools/bin/python -m pip install --quiet "tox>=4.30"
+	touch $@
+
+# torch first, so that no other requirement chooses its version. Editable: it follows the sources.
+build/demo/.stamp: tox.ini pyproject.toml
+	$(PYTHON) -m venv --clear build/demo
+	build/demo/bin/python -m pip install --quiet "$(TORCH)"
+	build/demo/bin/python -m pip install --quiet --editable ".[examples]"
+	touch $@

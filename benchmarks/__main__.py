@@ -1,0 +1,26 @@
+"""The command line of the benchmarks."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from benchmarks import hits
+from benchmarks.workload import BenchmarkError
+
+
+def main() -> int:
+    """Run the benchmark that the command line names and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks")
+    commands = parser.add_subparsers(dest="command", required=True)
+    hits.add_arguments(commands.add_parser("hits", help="hits, side by side with torchcache 0.6.0"))
+    args = parser.parse_args()
+    try:
+        return hits.run(args)
+    except BenchmarkError as error:
+        print(f"benchmarks {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Cache what frozen PyTorch modules return, sample by sample, in memory and on disk.
+
+Importing the package does not import torch; the names that need it load it when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from torchcache.errors import (
+    ConfigError,
+    CorruptRecordError,
+    StoreError,
+    TorchcacheError,
+    UncacheableError,
+)
+from torchcache.log import configure_from_environment, set_logger_config
+from torchcache.stats import CacheStats
+
+if TYPE_CHECKING:
+    from torchcache.cache import Cache, disabled
+    from torchcache.decorator import cache_of, torchcache
+    from torchcache.options import CacheOptions
+
+__version__ = "1.0.0.dev0"
+
+__all__ = [
+    "Cache",
+    "CacheOptions",
+    "CacheStats",
+    "ConfigError",
+    "CorruptRecordError",
+    "StoreError",
+    "TorchcacheError",
+    "UncacheableError",
+    "cache_of",
+    "disabled",
+    "set_logger_config",
+    "torchcache",
+]
+
+_WITH_TORCH = {
+    "Cache": "torchcache.cache",
+    "CacheOptions": "torchcache.options",
+    "cache_of": "torchcache.decorator",
+    "disabled": "torchcache.cache",
+    "torchcache": "torchcache.decorator",
+}
+
+
+def __getattr__(name: str) -> object:
+    module = _WITH_TORCH.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+configure_from_environment()

@@ -1,0 +1,312 @@
+"""The doors: a module class, a function, somebody else's module. All end in ``Cache.call``."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import warnings
+import weakref
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import nn
+
+from torchcache import process
+from torchcache.cache import Cache, Target
+from torchcache.errors import ConfigError
+from torchcache.keys.digest import digest_parts
+from torchcache.keys.values import UnnamedValueError, encode_argument
+from torchcache.options import CacheOptions, OptionArguments
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+T = TypeVar("T")
+
+_OPTIONS = "__torchcache_options__"
+_ARGUMENTS = "_torchcache_arguments"
+
+_caches: dict[int, Cache] = {}  # id of a live module -> its cache
+_making = process.ForkLock()  # guards _caches
+
+
+def torchcache(*target: Any, **options: Unpack[OptionArguments]) -> Callable[[T], T]:
+    """Cache what a module class, a function or a module returns, sample by sample.
+
+    Use it as ``@torchcache()`` above an ``nn.Module`` class or a function, or call
+    ``torchcache()(module)`` with a module that somebody else wrote. Classes and modules are changed in
+    place and returned; of a function a wrapper is returned.
+
+    Args:
+        *target: Must be empty; only there to explain the missing parentheses of a bare ``@torchcache``.
+        **options: See ``CacheOptions``; each is checked here. A module's attributes named
+            ``torchcache_<option>`` win over them.
+
+    Raises:
+        ConfigError: If an option is unknown or wrong, or the target cannot be cached.
+    """
+    if target:
+        raise ConfigError("torchcache needs parentheses: write @torchcache() or torchcache()(module)")
+    checked = CacheOptions.from_arguments(options)
+
+    def decorate(target: T) -> T:
+        if isinstance(target, type):
+            return _decorate_class(target, checked)  # type: ignore[return-value]
+        if isinstance(target, nn.Module):
+            return _decorate_instance(target, checked)  # type: ignore[return-value]
+        if isinstance(target, types.FunctionType):
+            return _decorate_function(target, checked)  # type: ignore[return-value]
+        raise ConfigError(
+            f"torchcache() cannot decorate {target!r}: give it an nn.Module class, an nn.Module or a function"
+        )
+
+    return decorate
+
+
+def cache_of(target: object) -> Cache:
+    """Return the cache of a decorated function, of an instance of a decorated class, or of a decorated module.
+
+    Raises:
+        ConfigError: If the target is not decorated, or is not enabled.
+    """
+    cache: Cache | None = None
+    if isinstance(target, nn.Module):
+        forward = vars(target).get("forward")
+        if isinstance(forward, _CachedForward):
+            cache = forward.cache(target)
+        elif _OPTIONS in dir(type(target)):
+            cache = _cache_of_instance(target)
+    elif isinstance(target, types.FunctionType):
+        found = getattr(target, "cache_instance", None)
+        cache = found if isinstance(found, Cache) else None
+    if cache is None:
+        raise ConfigError(
+            f"{type(target).__qualname__ if not isinstance(target, type) else target.__qualname__} has no cache: "
+            "it is not decorated with torchcache(), or not enabled"
+            + ("; ask an instance of the class" if isinstance(target, type) else "")
+        )
+    return cache
+
+
+# -- classes ----------------------------------------------------------------------------------------------------
+
+
+def _decorate_class(cls: type, options: CacheOptions) -> type:
+    """Replace ``forward``, ``__init__`` and ``__new__`` in place.
+
+    A subclass under the old name would make ``super(MyModule, self)`` recurse for ever and break pickle,
+    spawn and scripting.
+    """
+    if not issubclass(cls, nn.Module):
+        raise ConfigError(f"torchcache() cannot decorate the class {cls.__qualname__}: it is no nn.Module")
+    if cls.__module__.partition(".")[0] == "torch":
+        raise ConfigError(
+            f"torchcache() does not change torch's own class {cls.__qualname__}: decorate a subclass of your "
+            "own, or one instance with torchcache()(module)"
+        )
+    if _OPTIONS in vars(cls):
+        raise ConfigError(f"{cls.__qualname__} is decorated with torchcache() already; drop one of the two")
+    setattr(cls, _OPTIONS, options)
+    cls.__new__ = _make_new(cls)  # type: ignore[method-assign]
+    cls.__init__ = _make_init(cls)  # type: ignore[method-assign]
+    cls.forward = _make_forward(cls)
+    if not hasattr(cls, "cache_instance"):
+        cls.cache_instance = property(_cache_instance)  # type: ignore[attr-defined]
+    return cls
+
+
+def _make_forward(cls: type) -> Callable[..., Any]:
+    own = vars(cls).get("forward")
+    inherited = _next(cls, cls).forward
+
+    @functools.wraps(own or inherited)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> object:
+        function = own.__get__(self) if own is not None else _next(cls, self).forward
+        cache = _cache_of_instance(self)
+        return function(*args, **kwargs) if cache is None else cache.call(function, args, kwargs)
+
+    forward.__torchcache_original__ = own  # type: ignore[attr-defined] # what the code walk sees
+    return forward
+
+
+def _make_init(cls: type) -> Callable[..., None]:
+    own = vars(cls).get("__init__")
+
+    @functools.wraps(own or cls.__init__)  # type: ignore[misc]
+    def init(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if own is not None:
+            own(self, *args, **kwargs)
+        else:
+            _next(cls, self).__init__(*args, **kwargs)
+        if type(self).__init__ is init:  # the outermost constructor is done
+            _merged_options(self).check_combinations()
+
+    init.__torchcache_original__ = own  # type: ignore[attr-defined]
+    return init
+
+
+def _make_new(cls: type) -> Callable[..., Any]:
+    """Make a ``__new__`` that notes the arguments of the outermost construction.
+
+    Only ``__new__`` sees them also for subclasses that are not decorated, however their ``__init__`` came
+    to be. What it notes is plain bytes in the instance's ``__dict__``, so copies and pickles keep it.
+    """
+    own = vars(cls).get("__new__")
+
+    def new(kls: type, *args: Any, **kwargs: Any) -> object:
+        following = own.__func__ if own is not None else _next(cls, kls).__new__
+        instance = following(kls) if following is object.__new__ else following(kls, *args, **kwargs)
+        if isinstance(instance, cls) and _ARGUMENTS not in vars(instance):
+            vars(instance)[_ARGUMENTS] = _encode_arguments(kls, args, kwargs)
+        return instance
+
+    new.__torchcache_original__ = own.__func__ if own is not None else None  # type: ignore[attr-defined]
+    # inspect.signature(cls) asks __new__ first.
+    new.__signature__ = inspect.signature(cls.__init__)  # type: ignore[attr-defined,misc]
+    new.__name__ = "__new__"
+    return new
+
+
+def _next(cls: type, instance: Any) -> Any:  # noqa: ANN401 - super() is a proxy of no nameable type
+    """Return ``super()`` as seen from a method of ``cls``, so that the MRO decides what comes next."""
+    return super(cls, instance)
+
+
+def _encode_arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes | None:
+    try:
+        bound = inspect.signature(cls.__init__).bind(None, *args, **kwargs)  # type: ignore[misc]
+        named = list(bound.arguments.items())[1:]
+    except (TypeError, ValueError):
+        named = [*((f"args[{i}]", value) for i, value in enumerate(args)), *kwargs.items()]
+    parts: list[bytes] = []
+    for name, value in sorted(named):
+        try:
+            parts += [name.encode(), encode_argument(value, name)]
+        except UnnamedValueError as error:
+            warnings.warn(
+                f"argument {error.path!r} of {cls.__qualname__} is an object of type {error.type_name} without a "
+                "stable name, so its cache is good for this process only; give the type a __repr__ that says its "
+                "value, pass plain values, or set persistent_module_hash",
+                stacklevel=4,
+            )
+            return None
+    return digest_parts(parts)
+
+
+def _merged_options(module: nn.Module) -> CacheOptions:
+    options: CacheOptions = getattr(type(module), _OPTIONS)
+    return options.with_attributes(module)
+
+
+def _cache_of_instance(module: nn.Module) -> Cache | None:
+    """Return the cache of an instance of a decorated class, made at its first use; None if it has none."""
+    enabled = vars(module).get("torchcache_enabled")
+    if enabled is None:
+        enabled = getattr(type(module), "torchcache_enabled", None)
+    if enabled is None:
+        enabled = getattr(type(module), _OPTIONS).enabled
+    if not enabled or vars(module).get("_is_replica"):  # DataParallel's copies live for one call
+        return None
+    cache = _caches.get(id(module))
+    return cache if cache is not None else _make_cache(module, _merged_options(module), type(module), None)
+
+
+def _make_cache(module: nn.Module, options: CacheOptions, code: type, function: Callable[..., Any] | None) -> Cache:
+    options.check_combinations()
+    with _making:
+        cache = _caches.get(id(module))
+        if cache is None:
+            target = Target(
+                name=type(module).__qualname__,
+                code=code,
+                function=function or type(module).forward,
+                module=weakref.ref(module),
+                arguments=vars(module).get(_ARGUMENTS, b""),
+            )
+            cache = _caches[id(module)] = Cache(target, options)
+            weakref.finalize(module, _caches.pop, id(module), None).atexit = False
+        return cache
+
+
+def _cache_instance(module: nn.Module) -> Cache:
+    cache = _cache_of_instance(module)
+    if cache is None:
+        raise AttributeError("cache_instance: torchcache is not enabled for this instance")
+    return cache
+
+
+# -- instances --------------------------------------------------------------------------------------------------
+
+
+class _CachedForward:
+    """Stands in an instance's ``__dict__["forward"]`` and caches what the module's own forward returns."""
+
+    def __init__(self, module: nn.Module, options: CacheOptions) -> None:
+        self._module = weakref.ref(module)
+        self._options = options
+        self.__torchcache_original__ = vars(module).get("forward")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
+        module = self._module()
+        assert module is not None
+        function = self.__torchcache_original__ or type(module).forward.__get__(module)
+        cache = self.cache(module)
+        return function(*args, **kwargs) if cache is None else cache.call(function, args, kwargs)
+
+    def cache(self, module: nn.Module) -> Cache | None:
+        """Return the module's cache; None if it is not enabled."""
+        enabled = vars(module).get("torchcache_enabled", self._options.enabled)
+        if not enabled:
+            return None
+        cache = _caches.get(id(module))
+        if cache is None:
+            function = self.__torchcache_original__
+            cache = _make_cache(module, self._options.with_attributes(module), type(module), function)
+            vars(module)["cache_instance"] = cache
+        return cache
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self._module(), "options": self._options, "original": self.__torchcache_original__}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._module = weakref.ref(state["module"])
+        self._options = state["options"]
+        self.__torchcache_original__ = state["original"]
+
+
+def _decorate_instance(module: nn.Module, options: CacheOptions) -> nn.Module:
+    if isinstance(vars(module).get("forward"), _CachedForward) or hasattr(type(module), _OPTIONS):
+        raise ConfigError(
+            f"this {type(module).__qualname__} is decorated with torchcache() already; drop one of the two"
+        )
+    if type(module).__module__.startswith("torch.jit"):
+        raise ConfigError(
+            f"torchcache() cannot decorate a {type(module).__qualname__}: its code is not Python any more; call it "
+            "from a module or function of your own and decorate that"
+        )
+    options.with_attributes(module).check_combinations()
+    forward = _CachedForward(module, options)
+    module.forward = forward
+    forward.cache(module)
+    return module
+
+
+# -- functions --------------------------------------------------------------------------------------------------
+
+
+def _decorate_function(function: types.FunctionType, options: CacheOptions) -> Callable[..., Any]:
+    if hasattr(function, "__torchcache_original__"):
+        raise ConfigError(f"{function.__qualname__} is decorated with torchcache() already; drop one of the two")
+    options.check_combinations()
+    if not options.enabled:
+        return function
+    cache = Cache(Target(name=function.__qualname__, code=function, function=function), options)
+
+    @functools.wraps(function)
+    def cached(*args: Any, **kwargs: Any) -> object:
+        return cache.call(function, args, kwargs)
+
+    cached.__torchcache_original__ = function  # type: ignore[attr-defined]
+    cached.cache_instance = cache  # type: ignore[attr-defined]
+    return cached

@@ -1,0 +1,48 @@
+"""Every error torchcache raises, drawn as a tree.
+
+::
+
+    TorchcacheError
+    ├── ConfigError        an option, a decorated target or an attribute is wrong (raised while setting up)
+    ├── UncacheableError   a call cannot be keyed or its result cannot be split into samples
+    ├── StoreError         the disk tier cannot be used (never leaves a cached call)
+    └── CorruptRecordError stored bytes fail a check (never leaves a cached call)
+
+The first two are a ``ValueError`` and a ``TypeError`` both, so that ``except`` clauses need not know
+whether it was the type or the value of an argument that was wrong. All of them pickle: DataLoader
+workers send their exceptions to the parent.
+"""
+
+from __future__ import annotations
+
+
+class TorchcacheError(Exception):
+    """The root of all errors of this package."""
+
+
+class ConfigError(TorchcacheError, ValueError, TypeError):
+    """An option, a decorated target or a ``torchcache_`` attribute is wrong."""
+
+    def __init__(self, message: str, *, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+
+class UncacheableError(TorchcacheError, ValueError, TypeError):
+    """A call has an argument or a result that cannot be cached sample by sample."""
+
+    def __init__(self, message: str, *, argument: str | None = None) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+
+class StoreError(TorchcacheError, OSError):
+    """The disk tier cannot be used; ``kind`` names the fault in the counters."""
+
+    def __init__(self, message: str, *, kind: str = "store") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class CorruptRecordError(TorchcacheError):
+    """Stored bytes fail a check; they are never decoded further."""

@@ -1,0 +1,436 @@
+"""The code that can run, as a fingerprint. This module does not import torch.
+
+What is hashed are code objects, instruction by instruction with their operands resolved, not source
+text: the text may have been edited since it was compiled, cannot tell closures apart, and is missing
+in a REPL. Docstrings, line numbers, file and module names do not count.
+
+The walk starts at a class or a function and follows what its code refers to by name: globals, closure
+cells, attributes of imported modules. It goes on through code of the user's own and stops at the
+standard library, torch, and other installed distributions, which count by name and version.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib import metadata
+from typing import Any
+
+from torchcache.keys.digest import digest_parts
+
+#: Flags of a code object that say how it runs (generator, coroutine, *args, ...); the rest, such as
+#: "has a docstring", does not count.
+_FLAG_MASK = (
+    inspect.CO_VARARGS
+    | inspect.CO_VARKEYWORDS
+    | inspect.CO_GENERATOR
+    | inspect.CO_COROUTINE
+    | inspect.CO_ASYNC_GENERATOR
+    | inspect.CO_ITERABLE_COROUTINE
+)
+
+#: Attributes of a class that are not code and do not change what it computes.
+_SKIPPED_CLASS_ATTRIBUTES = frozenset({
+    "__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "__annotations__",
+    "__annotate__", "__annotate_func__", "__annotations_cache__", "__firstlineno__",
+    "__static_attributes__", "__parameters__", "__orig_bases__", "__abstractmethods__", "_abc_impl",
+    "__slotnames__", "__classcell__", "__new__torchcache__", "cache_instance",
+})  # fmt: skip
+
+#: Methods that change their container; a name they are called on is not part of the key.
+_MUTATORS = frozenset({
+    "append", "appendleft", "extend", "extendleft", "insert", "add", "update", "pop", "popleft", "popitem",
+    "remove", "discard", "clear", "setdefault", "sort", "reverse", "subtract", "put", "write",
+    "difference_update", "intersection_update", "symmetric_difference_update", "__setitem__", "fill_",
+    "add_", "copy_", "zero_",
+})  # fmt: skip
+
+_LOADS_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
+_LOADS_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
+_LOADS_CELL = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"})
+_STORES_SUBSCRIPT = frozenset({"STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"})
+
+#: Distributions whose code never counts: their versions are said by others (torch by the user's own
+#: care, Python by its minor version), and a patch release must not start every cache afresh.
+_UNCOUNTED = frozenset({"torch", "numpy", "torchcache"})
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A global, closure variable or class attribute that walked code reads, and where to read it again.
+
+    ``is_own`` is False for one of an installed distribution, whose version counts.
+    """
+
+    label: str
+    place: Mapping[str, Any] | types.CellType
+    key: str
+    is_own: bool = True
+
+    def read(self) -> object:
+        """Return the variable's present value, or ``MISSING``."""
+        if isinstance(self.place, types.CellType):
+            try:
+                return self.place.cell_contents
+            except ValueError:
+                return MISSING
+        return self.place.get(self.key, MISSING)
+
+
+MISSING = object()
+
+
+@dataclass(slots=True)
+class CodeWalk:
+    """What a walk found.
+
+    Attributes:
+        fingerprint: Digest of all code reached.
+        names: Globals and closure cells with values that are neither code nor modules.
+        written_attributes: Names of attributes the walked code assigns or changes in place.
+        written_names: Labels of globals and cells it assigns or changes in place.
+    """
+
+    fingerprint: bytes = b""
+    names: list[Name] = field(default_factory=list)
+    written_attributes: set[str] = field(default_factory=set)
+    written_names: set[str] = field(default_factory=set)
+
+
+def walk_code(target: type | Callable[..., object], parts: Iterable[type] = (), *, entry: str = "forward") -> CodeWalk:
+    """Walk the code that runs when ``target`` is called.
+
+    Args:
+        target: A function, or a class.
+        parts: Classes of the submodules of the module that is called, or that the function uses.
+        entry: The method of a class that runs; only code reachable from it counts as a writer of
+            attributes (a setter that ``forward`` does not call does not hide an attribute).
+    """
+    walk = _Walk(home=_distribution_of(getattr(target, "__module__", None)))
+    walk.visit(target, "target")
+    if not isinstance(target, type):
+        walk.note_writes_of_functions()
+    for cls in dict.fromkeys([*((target,) if isinstance(target, type) else ()), *parts]):
+        walk.visit_class(cls)
+        walk.note_writes_of_method(cls, entry)
+    return walk.result()
+
+
+class _Walk:
+    """One walk; every object is visited once, in an order that only the code decides."""
+
+    def __init__(self, home: str | None) -> None:
+        self._home = home
+        self._seen: dict[int, int] = {}
+        self._kept: list[object] = []  # ids stay unique while the objects live
+        self._parts: list[bytes] = [f"python {sys.version_info[0]}.{sys.version_info[1]}".encode()]
+        self._found = CodeWalk()
+        self._functions: list[types.FunctionType] = []
+
+    def result(self) -> CodeWalk:
+        self._found.fingerprint = digest_parts(self._parts)
+        return self._found
+
+    # -- visiting ---------------------------------------------------------------------------------
+
+    def visit(self, value: object, label: str) -> bool:
+        """Visit ``value`` if it is code; return False if it is (also) a value of another kind."""
+        value = unwrap(value)
+        if isinstance(value, functools.partial):
+            self._say("partial", label)
+            self.visit(value.func, label)
+            return False
+        if isinstance(value, types.MethodType):
+            return self.visit(value.__func__, label)
+        if isinstance(value, types.FunctionType):
+            self._visit_function(value, label)
+            return True
+        if isinstance(value, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)):
+            self._say("builtin", label, getattr(value, "__qualname__", ""))
+            return True
+        if isinstance(value, type):
+            self.visit_class(value)
+            return True
+        if isinstance(value, types.ModuleType):
+            self._stop_at(value.__name__, label)
+            return True
+        return False
+
+    def visit_class(self, cls: type) -> None:
+        """Visit a class, its bases, their methods and class attributes."""
+        for base in cls.__mro__:
+            if not self._is_own(base.__module__):
+                self._stop_at(base.__module__, base.__qualname__)
+                continue
+            if self._again("class", base, base.__name__):
+                continue
+            self._say("class", base.__name__)
+            for name, attribute in sorted(vars(base).items()):
+                if name in _SKIPPED_CLASS_ATTRIBUTES or name.startswith("torchcache_"):
+                    continue
+                if getattr(attribute, "__torchcache_original__", attribute) is None:
+                    continue  # ours, standing in for what the class inherits
+                functions = [*_functions_of(attribute)]
+                for part, function in functions:
+                    self.visit(function, f"{name}{part}")
+                if not functions and not name.startswith("__"):
+                    self._visit_name(Name(f"{base.__name__}.{name}", vars(base), name, is_own_module(base.__module__)))
+
+    def _visit_function(self, function: types.FunctionType, label: str) -> None:
+        if not self._is_own(function.__module__):
+            self._stop_at(function.__module__, f"{label} {function.__qualname__}")
+            return
+        if self._again("function", function, label):
+            return
+        is_own = is_own_module(function.__module__)
+        self._functions.append(function)
+        self._say("function", label)
+        self._parts.append(fingerprint_code(function.__code__))
+        for name, default in _defaults(function):
+            self._say("default", name, _constant(default))
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            self._visit_name(Name(f"{function.__name__}.{name}", cell, name, is_own))
+        attributes = frozenset(_attribute_names(function.__code__))
+        for name in sorted(set(_global_names(function.__code__))):
+            if name in function.__globals__:
+                self._visit_name(Name(name, function.__globals__, name, is_own))
+                value = function.__globals__[name]
+                if isinstance(value, types.ModuleType) and self._is_own(value.__name__):
+                    for attribute in sorted(attributes & vars(value).keys()):
+                        self._visit_name(Name(f"{name}.{attribute}", vars(value), attribute, is_own))
+
+    def _visit_name(self, name: Name) -> None:
+        value = name.read()
+        if value is MISSING or name.key == "__class__":
+            return
+        if not self.visit(value, name.key):
+            self._found.names.append(name)
+
+    # -- what the code changes itself -----------------------------------------------------------------
+
+    def note_writes_of_functions(self) -> None:
+        for function in self._functions:
+            self._note_writes(function)
+
+    def note_writes_of_method(self, cls: type, entry: str) -> None:
+        """Note the writes of ``entry`` and of what it reaches by name through the class and its globals."""
+        waiting, known = [entry], {entry, "__init__", "__new__", "__setstate__"}
+        by_name: dict[str, list[types.FunctionType]] = {}
+        for base in cls.__mro__:
+            if self._is_own(base.__module__):
+                for name, attribute in vars(base).items():
+                    by_name.setdefault(name, []).extend(
+                        f for _, f in _functions_of(attribute) if isinstance(f, types.FunctionType)
+                    )
+        methods = {id(f) for functions in by_name.values() for f in functions}
+        for function in self._functions:
+            if id(function) not in methods:
+                by_name.setdefault(function.__name__, []).append(function)
+        while waiting:
+            for function in by_name.get(waiting.pop(), ()):
+                self._note_writes(function)
+                reached = {*_attribute_names(function.__code__), *_global_names(function.__code__)}
+                waiting.extend(reached - known)
+                known |= reached
+
+    def _note_writes(self, function: types.FunctionType) -> None:
+        for code in _all_codes(function.__code__):
+            attributes, names = _written_in(code)
+            self._found.written_attributes |= attributes
+            self._found.written_names |= names
+            self._found.written_names |= {f"{function.__name__}.{name}" for name in names}
+
+    # -- where it stops -------------------------------------------------------------------------------
+
+    def _is_own(self, module: str | None) -> bool:
+        if is_own_module(module):
+            return True
+        return self._home is not None and _distribution_of(module) == self._home
+
+    def _stop_at(self, module: str | None, label: str) -> None:
+        distribution = _distribution_of(module)
+        if distribution is None or distribution in _UNCOUNTED or distribution == self._home:
+            self._say("foreign", label)
+        else:
+            self._say("foreign", label, distribution, _version_of(distribution))
+
+    def _again(self, kind: str, value: object, label: str) -> bool:
+        number = self._seen.get(id(value))
+        if number is None:
+            self._seen[id(value)] = len(self._seen)
+            self._kept.append(value)
+            return False
+        self._say(f"{kind} again", label, str(number))
+        return True
+
+    def _say(self, *words: str | bytes) -> None:
+        self._parts.append(digest_parts(w.encode() if isinstance(w, str) else w for w in words))
+
+
+@lru_cache(maxsize=16384)
+def fingerprint_code(code: types.CodeType) -> bytes:
+    """Return the digest of one code object and of those inside it."""
+    parts = [
+        str((code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags & _FLAG_MASK)).encode(),
+        " ".join(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]).encode(),
+        getattr(code, "co_exceptiontable", b""),
+    ]
+    for instruction in dis.get_instructions(code):
+        parts.append(instruction.opname.encode())
+        if instruction.opcode in _HAS_CONSTANT:
+            parts.append(_constant(instruction.argval))
+        elif isinstance(instruction.argval, str):
+            parts.append(instruction.argval.encode())
+        elif instruction.arg is not None:
+            parts.append(str(instruction.arg).encode())
+    return digest_parts(parts)
+
+
+_HAS_CONSTANT = frozenset(dis.hasconst)
+
+
+def unwrap(value: object) -> object:
+    """Return the user's own function behind those of ours, own or inherited."""
+    while hasattr(value, "__torchcache_original__") and hasattr(value, "__wrapped__"):
+        value = value.__wrapped__
+    return value
+
+
+def _functions_of(attribute: object) -> Iterator[tuple[str, object]]:
+    """Yield the functions a class attribute holds, with a part name for properties."""
+    if isinstance(attribute, (staticmethod, classmethod)):
+        yield "", attribute.__func__
+    elif isinstance(attribute, property):
+        for part in ("fget", "fset", "fdel"):
+            function = getattr(attribute, part)
+            if function is not None:
+                yield f".{part}", function
+    elif isinstance(attribute, functools.cached_property):
+        yield "", attribute.func
+    elif isinstance(attribute, (types.FunctionType, functools.partial)):
+        yield "", unwrap(attribute)
+
+
+def _defaults(function: types.FunctionType) -> Iterator[tuple[str, object]]:
+    for i, default in enumerate(function.__defaults__ or ()):
+        yield str(i), default
+    yield from sorted((function.__kwdefaults__ or {}).items())
+
+
+def _constant(value: object) -> bytes:
+    """Return a stable name of a constant or of a plain default; of anything else, of its type."""
+    if isinstance(value, types.CodeType):
+        return b"code" + fingerprint_code(value)
+    if isinstance(value, (tuple, list)):
+        return digest_parts([type(value).__name__.encode(), *map(_constant, value)])
+    if isinstance(value, (frozenset, set)):
+        return digest_parts([type(value).__name__.encode(), *sorted(map(_constant, value))])
+    if isinstance(value, dict):
+        pairs = sorted((_constant(k), _constant(v)) for k, v in value.items())
+        return digest_parts([b"dict", *(part for pair in pairs for part in pair)])
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, type(...))):
+        return f"{type(value).__name__} {value!r}".encode()
+    if isinstance(value, types.FunctionType):
+        return b"function" + fingerprint_code(value.__code__)
+    name = repr(value)
+    return f"{type(value).__qualname__} {'' if ' at 0x' in name else name}".encode()
+
+
+def _all_codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _all_codes(constant)
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    for inner in _all_codes(code):
+        for instruction in dis.get_instructions(inner):
+            if instruction.opname in _LOADS_GLOBAL:
+                yield instruction.argval
+
+
+def _attribute_names(code: types.CodeType) -> Iterator[str]:
+    for inner in _all_codes(code):
+        for instruction in dis.get_instructions(inner):
+            if instruction.opname in _LOADS_ATTRIBUTE or instruction.opname == "LOAD_SUPER_ATTR":
+                yield instruction.argval
+
+
+def _written_in(code: types.CodeType) -> tuple[set[str], set[str]]:
+    """Return the attributes, and the globals and closure variables, that one code object changes.
+
+    Assignments are exact. A change in place is recognised by its form: a mutating method called on
+    the name, or a subscript assigned in a statement that mentions it.
+    """
+    attributes: set[str] = set()
+    names: set[str] = set()
+    statement_attributes: set[str] = set()
+    statement_names: set[str] = set()
+    before: dis.Instruction | None = None
+    for instruction in dis.get_instructions(code):
+        if instruction.starts_line:
+            statement_attributes, statement_names = set(), set()
+        opname, argument = instruction.opname, instruction.argval
+        if opname in ("STORE_ATTR", "DELETE_ATTR"):
+            attributes.add(argument)
+        elif opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
+            opname in ("STORE_DEREF", "DELETE_DEREF") and argument in code.co_freevars
+        ):
+            names.add(argument)
+        elif opname in _STORES_SUBSCRIPT:
+            attributes |= statement_attributes
+            names |= statement_names
+        elif opname in _LOADS_ATTRIBUTE:
+            if argument in _MUTATORS and before is not None:
+                if before.opname in _LOADS_ATTRIBUTE:
+                    attributes.add(before.argval)
+                elif before.opname in _LOADS_GLOBAL or before.opname in _LOADS_CELL:
+                    names.add(before.argval)
+            statement_attributes.add(argument)
+        elif opname in _LOADS_GLOBAL or opname in _LOADS_CELL:
+            statement_names.add(argument)
+        before = instruction
+    return attributes, names
+
+
+def is_own_module(module: str | None) -> bool:
+    """Tell whether a module is neither the standard library's nor an installed distribution's."""
+    if module is None:
+        return False
+    top = module.partition(".")[0]
+    return (top == "__main__" or top not in sys.stdlib_module_names) and _distribution_of(module) is None
+
+
+@lru_cache(maxsize=4096)
+def _distribution_of(module: str | None) -> str | None:
+    """Return the installed distribution a module comes from, or None for a script, REPL or checkout."""
+    if module is None:
+        return None
+    top = module.partition(".")[0]
+    if top == "torchcache":
+        return "torchcache"
+    loaded = sys.modules.get(top)
+    path = getattr(loaded, "__file__", None) or next(iter(getattr(loaded, "__path__", ())), "")
+    if "site-packages" not in str(path) and "dist-packages" not in str(path):
+        return None
+    return (_distributions().get(top) or [top])[0]
+
+
+@lru_cache(maxsize=1)
+def _distributions() -> dict[str, list[str]]:
+    return {name: sorted(found) for name, found in metadata.packages_distributions().items()}
+
+
+@lru_cache(maxsize=1024)
+def _version_of(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,303 @@
+"""One frozen ``CacheOptions``: defaults, validation and ``torchcache_`` attributes."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import torch
+
+from torchcache.errors import ConfigError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+logger = logging.getLogger(__name__)
+
+ATTRIBUTE_PREFIX = "torchcache_"
+
+#: Sizes may be written with these units, in any case; decimal and binary.
+_UNITS = {"": 1, "b": 1} | {
+    f"{prefix}{suffix}": base**power
+    for power, prefix in enumerate("kmgtp", start=1)
+    for suffix, base in (("b", 1000), ("", 1000), ("ib", 1024))
+}
+
+#: Options of torchcache 0.6 that are gone, and why.
+_GONE = {
+    "subsample_count": "every byte of a sample is hashed, so there is nothing to subsample; drop it",
+    "use_mmap_on_load": "the store is memory-mapped always; drop it",
+    "zstd_compression_threads": "compression runs on one background thread; drop it",
+}
+
+
+class OptionArguments(TypedDict, total=False):
+    """The keyword arguments of ``torchcache()``; ``CacheOptions`` says what each means."""
+
+    enabled: bool
+    persistent: bool
+    persistent_cache_dir: str | os.PathLike[str] | None
+    persistent_module_hash: str | None
+    max_memory_cache_size: float | str
+    max_persistent_cache_size: float | str
+    memory_cache_device: str | torch.device | None
+    cache_dtype: torch.dtype | None
+    zstd_compression: bool
+    zstd_compression_level: int
+    version: str | None
+    eviction: str
+    when_grad: str
+    queue_bytes: float | str | None
+    queue_timeout_seconds: float
+    lock_timeout_seconds: float
+    flush_timeout_seconds: float | None
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        hint = ""
+        if name == "zstd_compression" and isinstance(value, (int, float)):
+            hint = f"; for the level use zstd_compression=True, zstd_compression_level={value}"
+        raise ConfigError(f"{name}={value!r} must be True or False{hint}", argument=name)
+    return value
+
+
+def parse_size(name: str, value: object) -> int:
+    """Return a size in bytes from an int, a float or a string like ``"5GB"`` or ``"5GiB"``."""
+    remedy = 'give bytes as a number (5e9) or a string ("5GB", "5GiB")'
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)(?:e(\d+))?\s*([a-zA-Z]*)\s*", value, re.IGNORECASE)
+        unit = match and _UNITS.get(match[3].lower())
+        if not match or not unit:
+            raise ConfigError(f"{name}={value!r} is not a size; {remedy}", argument=name)
+        number = float(match[1]) * 10.0 ** int(match[2] or 0) * unit
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = float(value)
+    else:
+        raise ConfigError(f"{name}={value!r} is not a size; {remedy}", argument=name)
+    if not math.isfinite(number) or number < 0:
+        raise ConfigError(f"{name}={value!r} must be finite and not negative; {remedy}", argument=name)
+    return int(number) if isinstance(value, str) else int(value)
+
+
+def _optional_size(name: str, value: object) -> int | None:
+    return None if value is None else parse_size(name, value)
+
+
+def _seconds(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{name}={value!r} must be a finite number of seconds, 0 or more", argument=name)
+    return float(value)
+
+
+def _optional_seconds(name: str, value: object) -> float | None:
+    return None if value is None else _seconds(name, value)
+
+
+def _optional_text(name: str, value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{name}={value!r} must be a string or None", argument=name)
+    return value
+
+
+def _directory(name: str, value: object) -> Path | None:
+    if value is None:
+        return None
+    if isinstance(value, (str, os.PathLike)) and str(value):
+        return Path(os.fsdecode(value)).expanduser()
+    raise ConfigError(f"{name}={value!r} must be a path (str or pathlib.Path) or None", argument=name)
+
+
+def _file_name(name: str, value: object) -> str | None:
+    text = _optional_text(name, value)
+    if text is None:
+        return None
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,127}", text):
+        raise ConfigError(
+            f"{name}={text!r} must be a plain file name: 1 to 128 letters, digits, '_', '-', '.', '+', "
+            "'=' or '@', and not start with '.' or a sign; it names the subdirectory of the cache",
+            argument=name,
+        )
+    return text
+
+
+def _level(name: str, value: object) -> int:
+    import zstandard  # noqa: PLC0415 - only its range is wanted here, and only when options are made
+
+    highest = zstandard.MAX_COMPRESSION_LEVEL
+    if isinstance(value, bool) or not isinstance(value, int) or not -100 <= value <= highest or value == 0:
+        raise ConfigError(
+            f"{name}={value!r} must be an int from -100 (fastest) to {highest} (smallest), without 0",
+            argument=name,
+        )
+    return value
+
+
+def _floating_dtype(name: str, value: object) -> torch.dtype | None:
+    if value is None:
+        return None
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        raise ConfigError(f"{name}={value!r} must be a floating torch dtype such as torch.half, or None", argument=name)
+    return value
+
+
+def _device(name: str, value: object) -> torch.device | None:
+    if value is None:
+        return None
+    try:
+        if isinstance(value, (str, torch.device)):
+            device = torch.device(value)
+            if device.type != "meta":
+                return device
+    except RuntimeError:
+        pass
+    raise ConfigError(
+        f"{name}={value!r} is not a device; give a name such as 'cpu' or 'cuda:0', or None for the "
+        "device of the module's output",
+        argument=name,
+    )
+
+
+def _one_of(*choices: str) -> Callable[[str, object], str]:
+    def check(name: str, value: object) -> str:
+        if not isinstance(value, str) or value not in choices:
+            nearest = difflib.get_close_matches(str(value), choices, n=1)
+            hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+            raise ConfigError(f"{name}={value!r} must be one of {', '.join(map(repr, choices))}{hint}", argument=name)
+        return value
+
+    return check
+
+
+def _option(default: object, check: Callable[[str, object], object], *, shapes_key: bool) -> Any:  # noqa: ANN401 - as field()
+    """Declare an option: its default, its check, and whether it enters the module hash."""
+    return field(default=default, metadata={"check": check, "shapes_key": shapes_key})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheOptions:
+    """The options of one cache, checked and in their final types.
+
+    Attributes:
+        enabled: False leaves the target as if it were not decorated.
+        persistent: Keep values in an LMDB environment on disk too.
+        persistent_cache_dir: Directory shared by all processes; None for a private temporary one
+            that is deleted when the program ends.
+        persistent_module_hash: A name of the user's own that replaces the module hash and the
+            weights; a plain file name.
+        max_memory_cache_size: Limit of the memory tier in bytes, per cache and process.
+        max_persistent_cache_size: Budget of everything under ``persistent_cache_dir`` in bytes.
+        memory_cache_device: Device of the memory tier; None for the device of the module's output.
+        cache_dtype: Floating outputs are stored in it and come back in their own dtype.
+        zstd_compression: Compress records on disk.
+        zstd_compression_level: -100 (fastest) to 22 (smallest).
+        version: Any string; another one starts afresh.
+        eviction: What makes room on disk: "stale" removes what nobody touched for an hour, "lru" the
+            least recently used, "none" nothing.
+        when_grad: What parameters that require grad do while grad mode is on: "detach", "bypass"
+            or "raise".
+        queue_bytes: Bound of the write queue in bytes; None for 64e6, and 16e6 in a worker.
+        queue_timeout_seconds: How long a call waits for a full queue before its rows are dropped.
+        lock_timeout_seconds: How long the writer waits for the directory's file lock.
+        flush_timeout_seconds: How long the end of the program waits for the queue; None for 10, and
+            4 in a worker (torch gives a worker 5).
+    """
+
+    enabled: bool = _option(True, _flag, shapes_key=False)
+    persistent: bool = _option(False, _flag, shapes_key=False)
+    persistent_cache_dir: Path | None = _option(None, _directory, shapes_key=False)
+    persistent_module_hash: str | None = _option(None, _file_name, shapes_key=False)
+    max_memory_cache_size: int = _option(int(1e9), parse_size, shapes_key=False)
+    max_persistent_cache_size: int = _option(int(10e9), parse_size, shapes_key=False)
+    memory_cache_device: torch.device | None = _option(torch.device("cpu"), _device, shapes_key=False)
+    cache_dtype: torch.dtype | None = _option(None, _floating_dtype, shapes_key=True)
+    zstd_compression: bool = _option(False, _flag, shapes_key=True)
+    zstd_compression_level: int = _option(3, _level, shapes_key=False)
+    version: str | None = _option(None, _optional_text, shapes_key=True)
+    eviction: str = _option("stale", _one_of("stale", "none", "lru"), shapes_key=False)
+    when_grad: str = _option("detach", _one_of("detach", "bypass", "raise"), shapes_key=False)
+    queue_bytes: int | None = _option(None, _optional_size, shapes_key=False)
+    queue_timeout_seconds: float = _option(5.0, _seconds, shapes_key=False)
+    lock_timeout_seconds: float = _option(2.0, _seconds, shapes_key=False)
+    flush_timeout_seconds: float | None = _option(None, _optional_seconds, shapes_key=False)
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            checked = option.metadata["check"](option.name, getattr(self, option.name))
+            object.__setattr__(self, option.name, checked)
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, object]) -> Self:
+        """Make options from ``torchcache()``'s keyword arguments.
+
+        Raises:
+            ConfigError: If a name is unknown (with the nearest known one) or a value is wrong.
+        """
+        for name in arguments:
+            _check_name(name, shown=name)
+        return cls(**arguments)  # type: ignore[arg-type] # the checks of __post_init__ settle the types
+
+    def with_attributes(self, target: object) -> Self:
+        """Return the options with the ``torchcache_<option>`` attributes of ``target`` merged in.
+
+        Attributes of the instance and of its classes count, the most derived first.
+
+        Raises:
+            ConfigError: If such an attribute names no option or its value is wrong.
+        """
+        found: dict[str, object] = {}
+        for namespace in (*(vars(c) for c in reversed(type(target).__mro__)), vars(target)):
+            for key, value in namespace.items():
+                if key.startswith(ATTRIBUTE_PREFIX):
+                    name = key[len(ATTRIBUTE_PREFIX) :]
+                    _check_name(name, shown=key)
+                    found[name] = value
+        if not found:
+            return self
+        merged = {option.name: getattr(self, option.name) for option in fields(self)} | found
+        return type(self)(**merged)
+
+    def check_combinations(self) -> None:
+        """Check what only the merged options can tell.
+
+        Raises:
+            ConfigError: If ``zstd_compression`` is set without ``persistent``.
+        """
+        if self.zstd_compression and not self.persistent:
+            raise ConfigError(
+                "zstd_compression=True has no effect without persistent=True: only the disk tier is "
+                "compressed; set persistent=True or drop zstd_compression",
+                argument="zstd_compression",
+            )
+        if self.persistent_cache_dir is not None and not self.persistent:
+            logger.warning(
+                "persistent_cache_dir=%s is ignored because persistent is False",
+                self.persistent_cache_dir,
+            )
+
+    def key_parts(self) -> list[tuple[str, str]]:
+        """Return name and value of every option that shapes what is stored."""
+        return [
+            (option.name, str(getattr(self, option.name))) for option in fields(self) if option.metadata["shapes_key"]
+        ]
+
+
+OPTION_NAMES = tuple(option.name for option in fields(CacheOptions))
+
+
+def _check_name(name: str, *, shown: str) -> None:
+    if name in OPTION_NAMES:
+        return
+    if name in _GONE:
+        raise ConfigError(f"{shown} is an option of torchcache 0.6 that is gone: {_GONE[name]}", argument=shown)
+    prefix = shown[: len(shown) - len(name)]
+    nearest = difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.5)
+    hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"the options are {', '.join(OPTION_NAMES)}"
+    raise ConfigError(f"{shown} is no option of torchcache; {hint}", argument=shown)

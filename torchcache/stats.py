@@ -1,0 +1,90 @@
+"""Counters of one cache and the immutable snapshot a user sees."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheStats:
+    """What a cache did in this process since it was made. Rows are samples.
+
+    Attributes:
+        memory_hits: Rows answered by the memory tier.
+        queue_hits: Rows answered by the write queue (accepted, not yet committed).
+        store_hits: Rows answered by the LMDB tier.
+        misses: Rows that were computed because no tier had them.
+        duplicates: Rows equal to another row of their batch; computed or fetched once.
+        bypasses: Calls that went around the cache, by reason.
+        bypassed_rows: Rows of those calls.
+        memory_rows: Rows in the memory tier now.
+        memory_bytes: Bytes the memory tier holds now, at most ``max_memory_cache_size``.
+        store_bytes: Bytes under ``persistent_cache_dir`` at this process's last look.
+        queued_rows: Rows accepted for the store and not yet committed.
+        queued_bytes: Bytes of those rows.
+        written_rows: Rows this process committed.
+        written_bytes: Bytes of the records it committed, after compression.
+        dropped_rows: Rows that were not stored, by reason.
+        faults: Faults of the machine that were turned into misses, by kind.
+        overflowed_values: Finite numbers that ``cache_dtype`` made infinite.
+    """
+
+    memory_hits: int = 0
+    queue_hits: int = 0
+    store_hits: int = 0
+    misses: int = 0
+    duplicates: int = 0
+    bypasses: Mapping[str, int] = field(default_factory=dict)
+    bypassed_rows: int = 0
+    memory_rows: int = 0
+    memory_bytes: int = 0
+    store_bytes: int = 0
+    queued_rows: int = 0
+    queued_bytes: int = 0
+    written_rows: int = 0
+    written_bytes: int = 0
+    dropped_rows: Mapping[str, int] = field(default_factory=dict)
+    faults: Mapping[str, int] = field(default_factory=dict)
+    overflowed_values: int = 0
+
+    @property
+    def hits(self) -> int:
+        """Rows answered by any tier."""
+        return self.memory_hits + self.queue_hits + self.store_hits
+
+
+class Counters:
+    """Thread-safe counters: plain ones by field name, grouped ones by field and reason.
+
+    ``lock`` guards both maps; it is a leaf, nothing else is taken under it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._plain: Counter[str] = Counter()
+        self._grouped: dict[str, Counter[str]] = {}
+
+    def add(self, **amounts: int) -> None:
+        with self._lock:
+            self._plain.update(amounts)
+
+    def add_to(self, group: str, reason: str, amount: int = 1) -> int:
+        """Add to one reason of a group and return its new count."""
+        with self._lock:
+            counts = self._grouped.setdefault(group, Counter())
+            counts[reason] += amount
+            return counts[reason]
+
+    def values(self) -> dict[str, int | Mapping[str, int]]:
+        """Return copies of all counters, by the names of ``CacheStats``."""
+        with self._lock:
+            grouped = {name: MappingProxyType(dict(c)) for name, c in self._grouped.items()}
+            return {**self._plain, **grouped}
+
+    def reset_lock(self) -> None:
+        """Replace the lock; for a forked child, where another thread may have held it."""
+        self._lock = threading.Lock()

@@ -1,0 +1,1 @@
+"""Key to bytes, for every process of the machine. Nothing in this package imports torch."""

@@ -1,0 +1,171 @@
+"""The budget: what may grow, by how much at most, and what may go to make room.
+
+The budget counts every byte under the cache directory, for all processes together, and is asked in the
+directory's turn before each commit: the bytes there and a strict bound of the commit's growth never
+exceed it. LMDB's files do not shrink, so a reserve of a sixteenth is kept: with it, deletions (which
+copy pages before they free any) and writes into freed pages can go on when the budget is full.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+
+import lmdb
+
+from torchcache.storage.directory import TRASH_PREFIX, CacheDirectory
+
+logger = logging.getLogger(__name__)
+
+#: A commit's payload is at most this share of the budget; the reserve is room for two.
+COMMIT_SHARE = 32
+_RESERVE_SHARE = 16
+
+STALE_SECONDS = 3600.0
+
+#: Freed pages are used again two transactions later and only in runs that are long enough, so this many
+#: times what is needed has to be free before the reserve is touched.
+FREE_FACTOR = 3
+SEGMENTS_A_SLICE = 16
+
+#: A full store is asked again after this time.
+_REST_SECONDS = 10.0
+
+_PAGE = 4096
+_PAGE_HEADER = 16
+#: Node header, page pointer, key and value of the largest small entry, a namespace.
+_LARGEST_ENTRY = 8 + 2 + 17 + 80
+#: A page that was split is half full, so it splits again after so many bytes of new nodes.
+_SPLIT_BYTES = (_PAGE - _PAGE_HEADER) // 2 - 64
+_SPARE_PAGES = 16
+_MOST_ROWS_A_SEGMENT = 1024  # records of empty values are about this small
+
+
+class Budget:
+    """How many bytes a cache directory may have, as one cache of this process sees it.
+
+    ``allows`` and its likes are called in the directory's turn, after ``CacheDirectory.measure``.
+    """
+
+    def __init__(self, directory: CacheDirectory, limit_bytes: int) -> None:
+        self._directory = directory
+        self._limit = limit_bytes
+        self._resting_until = 0.0
+        self._is_said = False
+
+    def allows(self, growth_bytes: int, free_bytes: int) -> bool:
+        """Tell whether a commit that grows the file by at most ``growth_bytes`` fits.
+
+        Above the reserve only if plenty of the file's pages are free, so that it will hardly grow.
+        """
+        after = self._directory.used_bytes() + growth_bytes
+        if after <= self._limit - self._reserve():
+            return True
+        return after <= self._limit and free_bytes >= FREE_FACTOR * growth_bytes
+
+    def allows_new(self, nbytes: int) -> bool:
+        """Tell whether something new of at most ``nbytes`` fits."""
+        return self._directory.used_bytes() + nbytes <= self._limit - self._reserve()
+
+    def allows_deletion(self, growth_bytes: int) -> bool:
+        """Tell whether a deletion fits; it may use the reserve."""
+        return self._directory.used_bytes() + growth_bytes <= self._limit
+
+    def slack_bytes(self) -> int:
+        """Return how much to free at a time: a thirty-second of the budget."""
+        return self._limit // COMMIT_SHARE
+
+    def missing_bytes(self, growth_bytes: int) -> int:
+        """Return how many bytes have to go before ``growth_bytes`` fit."""
+        return self._directory.used_bytes() + growth_bytes - (self._limit - self._reserve())
+
+    def rest(self, eviction: str) -> None:
+        """Stop asking for a while: the budget is full; say so once."""
+        self._resting_until = time.monotonic() + _REST_SECONDS
+        if not self._is_said:
+            self._is_said = True
+            logger.warning(
+                "the cache under %s is full: %d of %d bytes. New values are computed and not stored on "
+                "disk. Raise max_persistent_cache_size, remove old subdirectories, or set eviction='lru' "
+                "(now %r).",
+                self._directory.path, self._directory.used_bytes(), self._limit, eviction,
+            )  # fmt: skip
+
+    def is_resting(self) -> bool:
+        return time.monotonic() < self._resting_until
+
+    def wake(self) -> None:
+        """Ask again at once: room was made."""
+        self._resting_until = 0.0
+        self._is_said = False
+
+    def _reserve(self) -> int:
+        return self._limit // _RESERVE_SHARE
+
+
+def growth_bytes(txn: lmdb.Transaction, segment_sizes: Sequence[int], entries: int) -> int:
+    """Return a strict bound of the file's growth by putting segments and so many small entries.
+
+    Every page on the way to a change is copied, values take whole pages, and splits add pages: one for
+    each page that is full already and one for each half page of new nodes. Pages freed earlier make the
+    true growth smaller; they are not counted on.
+    """
+    pages = sum(math.ceil((_PAGE_HEADER + size) / _PAGE) for size in segment_sizes)
+    pages += _tree_pages(_stat(txn), len(segment_sizes) + entries, _LARGEST_ENTRY)
+    # Freed pages are listed in LMDB's own tree, eight bytes each.
+    pages += 2 * math.ceil(8 * pages / _PAGE) + _SPARE_PAGES
+    return pages * _PAGE
+
+
+def deletion_bytes(txn: lmdb.Transaction) -> int:
+    """Return a bound of the file's growth by deleting one slice of segments with their index entries."""
+    stat = _stat(txn)
+    rows = SEGMENTS_A_SLICE * _MOST_ROWS_A_SEGMENT
+    pages = _tree_pages(stat, min(rows, stat["entries"]), 0)
+    return (pages + 2 * math.ceil(8 * pages / _PAGE) + _SPARE_PAGES) * _PAGE
+
+
+def free_bytes(txn: lmdb.Transaction, last_page: int) -> int:
+    """Return how much of the file the tree does not use; LMDB's list of free pages is counted as free."""
+    stat = _stat(txn)
+    used = 2 + stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+    return max(0, last_page + 1 - int(used)) * _PAGE
+
+
+def remove_stale_environments(directory: CacheDirectory, own: str, needed_bytes: int, budget: Budget) -> bool:
+    """Remove whole environments that nobody touched for an hour, oldest first, until there is room."""
+    now = time.time()
+    stale: list[tuple[float, str]] = []
+    for entry in directory.path.iterdir():
+        data = entry / "data.mdb"
+        if entry.name == own or entry.name.startswith(TRASH_PREFIX) or not data.is_file():
+            continue
+        touched_at = data.stat().st_mtime
+        if now - touched_at > STALE_SECONDS:
+            stale.append((touched_at, entry.name))
+    removed = False
+    for _, name in sorted(stale):
+        directory.remove(name)
+        directory.measure()
+        removed = True
+        logger.info("the cache under %s is full; %s, unused for an hour, was removed", directory.path, name)
+        if budget.missing_bytes(needed_bytes) <= 0:
+            break
+    return removed
+
+
+def _stat(txn: lmdb.Transaction) -> dict[str, int]:
+    stat = txn.stat()
+    return {key: stat[key] for key in ("depth", "branch_pages", "leaf_pages", "overflow_pages", "entries")}
+
+
+def _tree_pages(stat: Mapping[str, int], changes: int, node_bytes: int) -> int:
+    """Bound the pages that ``changes`` puts or deletes in one tree write anew."""
+    if not changes:
+        return 0
+    leaves = min(changes, stat["leaf_pages"])
+    branches = min(changes * stat["depth"], stat["branch_pages"])
+    splits = min(changes, leaves) + math.ceil(changes * node_bytes / _SPLIT_BYTES)
+    return leaves + branches + splits + math.ceil(splits / 32) + stat["depth"] + 2

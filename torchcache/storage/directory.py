@@ -1,0 +1,165 @@
+"""The cache directory: who may use it, how many bytes lie under it, and the file-locked turn to write."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from torchcache.errors import StoreError
+from torchcache.process import ForkLock
+
+logger = logging.getLogger(__name__)
+
+LOCK_NAME = ".torchcache.lock"
+TRASH_PREFIX = ".trash-"
+
+_POLL_SECONDS = 0.005
+
+
+class TurnCancelledError(Exception):
+    """A wait for the turn was given up because a fork is about to happen."""
+
+
+class CacheDirectory:
+    """One ``persistent_cache_dir``, made if need be, private and not somebody else's.
+
+    The turn (a file lock and a lock of this process) is held around every change of anything under the
+    directory, so that the budget counts all processes and nobody ever waits inside LMDB.
+
+    Raises:
+        StoreError: If the directory cannot be made or must not be used.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            check_owned(path, is_private=False)
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"{path} cannot be used as persistent_cache_dir: {error}", kind="directory") from error
+        self._mine = ForkLock()
+        self._used_bytes = 0
+
+    @contextmanager
+    def turn(self, timeout_seconds: float, cancel: Callable[[], bool] | None = None) -> Iterator[None]:
+        """Hold the directory's lock; nobody else changes anything under it meanwhile.
+
+        Raises:
+            StoreError: If it was not free within ``timeout_seconds``, or cannot be locked.
+            TurnCancelledError: If ``cancel`` said so while waiting.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        while not self._mine.acquire(0.05):
+            self._check_wait(deadline, cancel)
+        try:
+            # A new lock object each time: an inherited one refuses to work in a forked child.
+            lock = FileLock(
+                self.path / LOCK_NAME,
+                mode=0o600,
+                thread_local=False,
+                is_singleton=False,
+                fallback_to_soft=False,
+            )
+            self._acquire(lock, deadline, cancel)
+            try:
+                yield
+            finally:
+                lock.release()
+        finally:
+            self._mine.release()
+
+    def _acquire(self, lock: FileLock, deadline: float, cancel: Callable[[], bool] | None) -> None:
+        while True:
+            try:
+                lock.acquire(timeout=0.05, poll_interval=_POLL_SECONDS)
+            except Timeout:
+                self._check_wait(deadline, cancel)
+            except OSError as error:
+                raise StoreError(f"{self.path / LOCK_NAME} cannot be locked: {error}", kind="lock") from error
+            else:
+                return
+
+    def _check_wait(self, deadline: float, cancel: Callable[[], bool] | None) -> None:
+        if cancel is not None and cancel():
+            raise TurnCancelledError
+        if time.monotonic() > deadline:
+            raise StoreError(f"the lock of {self.path} stayed with another process", kind="lock_timeout")
+
+    def measure(self) -> int:
+        """Count the bytes of everything under the directory, itself included."""
+        self._used_bytes = _count_bytes(self.path)
+        return self._used_bytes
+
+    def used_bytes(self) -> int:
+        """Return what ``measure`` last counted."""
+        return self._used_bytes
+
+    def set_aside(self, name: str, suffix: str) -> None:
+        """Rename a subdirectory out of the way, replacing an earlier one set aside; the turn is held."""
+        target = self.path / f"{name}.{suffix}"
+        self.remove(target.name)
+        os.rename(self.path / name, target)
+
+    def remove(self, name: str) -> None:
+        """Remove a subdirectory; the turn is held. Processes that have it open keep what they have."""
+        source = self.path / name
+        trash = self.path / f"{TRASH_PREFIX}{uuid.uuid4().hex}"
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(source, trash)  # at once for everybody else, whatever happens to us meanwhile
+            shutil.rmtree(trash, ignore_errors=True)
+
+    def empty_trash(self) -> None:
+        """Remove what a killed process left of a removal; the turn is held."""
+        for entry in self.path.glob(f"{TRASH_PREFIX}*"):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def check_owned(path: Path, *, is_private: bool) -> None:
+    """Check that a directory is one, not a link, and that nobody else can put things into it.
+
+    Args:
+        path: The directory.
+        is_private: It must be our own and writable by nobody else. Otherwise it may also be root's, or
+            writable by a group or, with the sticky bit, by all: what lies in it is checked on its own.
+
+    Raises:
+        StoreError: If it fails.
+    """
+    status = os.lstat(path) if is_private else os.stat(path)
+    mode, mine = status.st_mode, status.st_uid == os.geteuid()
+    if not stat.S_ISDIR(mode):
+        raise StoreError(f"{path} is not a directory", kind="directory")
+    if not (mine or (status.st_uid == 0 and not is_private)):
+        raise StoreError(f"{path} belongs to user {status.st_uid}, not to us", kind="directory")
+    others = stat.S_IWOTH | (stat.S_IWGRP if is_private else 0)
+    if mode & others and (is_private or not mode & stat.S_ISVTX):
+        raise StoreError(f"{path} is writable by others (mode {stat.S_IMODE(mode):o})", kind="directory")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise StoreError(f"{path} is not ours to write", kind="directory")
+
+
+def _count_bytes(path: Path | str) -> int:
+    total = 0
+    try:
+        total += os.lstat(path).st_size
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    total += _count_bytes(entry.path)
+                else:
+                    total += entry.stat(follow_symlinks=False).st_size
+    except FileNotFoundError:
+        pass  # removed by its owner between listing and looking
+    return total

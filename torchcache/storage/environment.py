@@ -1,0 +1,361 @@
+"""One LMDB environment of this process: opened with every check, reopened when it has to be.
+
+There is one ``Environment`` a directory and process, shared by all stores on it (LMDB refuses a second
+handle). Transactions run inside the process gate and hold nothing else.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import lmdb
+
+from torchcache import process
+from torchcache.errors import StoreError
+from torchcache.storage.directory import TRASH_PREFIX, CacheDirectory, check_owned
+
+logger = logging.getLogger(__name__)
+
+#: The layout of the databases and of the records in them; another one is never touched.
+FORMAT = b"torchcache-1"
+
+FORMAT_KEY = b"a format"
+_LEAST_MAP_BYTES = 64 << 30
+_SMALLEST_MAP_BYTES = 64 << 20
+_RETRY_SECONDS = 1.0
+_INODE_CHECK_SECONDS = 1.0
+_ENTER_TRIES = 8
+_MOST_READERS = 4096
+_READER_BYTES = 64
+_LOCK_HEADER_BYTES = 4096
+
+#: What an empty environment takes besides its reader table: directory, first pages, format record.
+_NEW_ENVIRONMENT_BYTES = 64 << 10
+
+_environments: dict[str, Environment] = {}
+_environments_lock = process.ForkLock()
+
+
+@dataclass(frozen=True, slots=True)
+class Handles:
+    """An open environment and the file it was opened from. Not to be kept beyond one passage of the gate."""
+
+    env: lmdb.Environment
+    inode: int
+
+
+class Environment:
+    """The environment in one subdirectory of a cache directory.
+
+    ``_handles`` is None while it is closed: before the first use, after a fork, after a fault. It is
+    opened again by the next use, not sooner than a second after a failure.
+    """
+
+    def __init__(self, directory: CacheDirectory, name: str, budget: int) -> None:
+        self.directory = directory
+        self.name = name
+        self.path = directory.path / name
+        self._budget = budget
+        self._lock = process.ForkLock()  # guards opening
+        self._handles: Handles | None = None
+        self._is_forsaken = False  # inherited through a fork that did not come to rest
+        self._retry_at = 0.0
+        self._failure: StoreError | None = None
+        self._checked_at = 0.0
+        self._map_bytes = max(_LEAST_MAP_BYTES, 1 << (4 * budget - 1).bit_length())
+        process.listen_to_forks(self)
+
+    @contextmanager
+    def reading(self) -> Iterator[lmdb.Transaction]:
+        """Be inside one read transaction whose values are views that end with it.
+
+        Raises:
+            StoreError: If the environment cannot be used now.
+        """
+        handles = self._enter()
+        try:
+            with _translated(self.path), _begin(handles.env) as txn:
+                yield txn
+        finally:
+            process.gate.leave()
+
+    @contextmanager
+    def writing(self) -> Iterator[lmdb.Transaction]:
+        """Be inside one write transaction; the directory's turn is held, so nobody waits here.
+
+        Raises:
+            StoreError: If it cannot be begun, or if the commit fails: nothing of it is stored then.
+        """
+        handles = self._enter()
+        try:
+            with _translated(self.path):
+                handles.env.reader_check()  # readers killed in a transaction pin pages for ever
+                with handles.env.begin(write=True, buffers=True) as txn:
+                    yield txn
+        finally:
+            process.gate.leave()
+
+    def last_page(self) -> int:
+        """Return the number of the file's last page; inside a transaction only."""
+        handles = self._handles
+        return 0 if handles is None else int(handles.env.info()["last_pgno"])
+
+    def is_present(self) -> bool:
+        """Tell whether there is anything to read."""
+        return self._handles is not None or self._exists()
+
+    def ensure(self, allow: Callable[[int], bool]) -> bool:
+        """Make the environment on disk if it is not there or is damaged; the turn is held.
+
+        Args:
+            allow: Whether so many bytes more are within the budget.
+
+        Returns:
+            Whether it is there now.
+
+        Raises:
+            StoreError: If it cannot be made, or must not be touched.
+        """
+        try:
+            if self._exists():
+                self._ready(at_once=True)
+                return True
+        except StoreError as error:
+            if error.kind != "damaged" or self._is_forsaken:
+                raise
+            logger.warning("%s; it is set aside and started afresh", error)
+        with _translated(self.path):
+            if os.path.lexists(self.path):
+                self.close()
+                self.directory.set_aside(self.name, "damaged")
+        if not allow(self._creation_bytes()):
+            return False
+        self._create()
+        return True
+
+    def _creation_bytes(self) -> int:
+        return _LOCK_HEADER_BYTES + self._readers() * _READER_BYTES + _NEW_ENVIRONMENT_BYTES
+
+    def _create(self) -> None:
+        """Make an environment under another name and move it into place: what is there is whole."""
+        with _translated(self.path):
+            unfinished = self.directory.path / f"{TRASH_PREFIX}{uuid.uuid4().hex}"
+            unfinished.mkdir(mode=0o700)
+            self._allocate_lock_file(unfinished)
+            env = self._open_env(str(unfinished))
+            try:
+                with env.begin(write=True) as txn:
+                    txn.put(FORMAT_KEY, FORMAT)
+                    txn.put(b"a created", str(int(time.time())).encode())
+            finally:
+                env.close()
+            os.rename(unfinished, self.path)
+
+    def _exists(self) -> bool:
+        return (self.path / "data.mdb").exists()
+
+    def close(self) -> None:
+        """Close the handle if nobody is inside; the next use opens it again."""
+        with process.gate.alone(process.FORK_DRAIN_SECONDS) as is_alone:
+            if is_alone and self._handles is not None:
+                self._handles.env.close()
+                self._handles = None
+
+    def is_current(self) -> bool:
+        """Tell whether the files on disk are still those that are open."""
+        handles = self._handles
+        try:
+            return handles is None or os.stat(self.path / "data.mdb").st_ino == handles.inode
+        except OSError:
+            return False
+
+    # -- forks ------------------------------------------------------------------------------------------------
+
+    def before_fork(self, deadline: float) -> bool:  # noqa: ARG002 - the gate waits for transactions
+        return True
+
+    def at_rest(self) -> None:
+        if self._handles is not None:
+            self._handles.env.close()
+            self._handles = None
+
+    def after_fork_in_parent(self) -> None:
+        pass
+
+    def after_fork_in_child(self, *, is_clean: bool) -> None:
+        if not is_clean and self._handles is not None:
+            self._is_forsaken = True
+
+    # -- opening ----------------------------------------------------------------------------------------------
+
+    def _enter(self) -> Handles:
+        """Go through the gate with open handles; the caller leaves it."""
+        for _ in range(_ENTER_TRIES):
+            handles = self._ready()
+            process.gate.enter()
+            if handles is self._handles:
+                return handles
+            process.gate.leave()  # closed between the two lines; open it again
+        raise StoreError(f"{self.path} is closed again and again", kind="reopened")
+
+    def _ready(self, *, at_once: bool = False) -> Handles:
+        handles = self._handles
+        now = time.monotonic()
+        if handles is not None and not self._is_forsaken:
+            if now - self._checked_at < _INODE_CHECK_SECONDS:
+                return handles
+            self._checked_at = now
+            if self.is_current():
+                return handles
+            self.close()  # another process removed or replaced it
+        with self._lock:
+            if self._is_forsaken:
+                raise StoreError("a fork interrupted a transaction; this process goes on in memory", kind="fork")
+            if self._handles is not None:
+                return self._handles
+            if not at_once and now < self._retry_at and self._failure is not None:
+                raise self._failure
+            try:
+                self._handles = self._open()
+            except StoreError as error:
+                self._failure, self._retry_at = error, now + _RETRY_SECONDS
+                raise
+            self._checked_at = now
+            return self._handles
+
+    def _open(self) -> Handles:
+        with _translated(self.path):
+            # Pinned by descriptor: both files come from the directory that was checked, even if somebody
+            # renames it meanwhile.
+            descriptor = os.open(self.path, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_RDONLY)
+            try:
+                check_owned(self.path, is_private=True)
+                self._allocate_lock_file(self.path)
+                for name in ("data.mdb", "lock.mdb"):
+                    _check_file(self.path / name)
+                env = self._open_env(
+                    f"/proc/self/fd/{descriptor}" if os.path.isdir("/proc/self/fd") else str(self.path)
+                )
+                inode = os.stat("data.mdb", dir_fd=descriptor).st_ino
+            finally:
+                os.close(descriptor)
+            try:
+                return self._check(env, inode)
+            except BaseException:
+                env.close()
+                raise
+
+    def _open_env(self, path: str) -> lmdb.Environment:
+        map_bytes = max(self._map_bytes, _file_bytes(self.path / "data.mdb") * 2)
+        while True:
+            try:
+                return lmdb.open(
+                    path,
+                    map_size=map_bytes,
+                    subdir=True,
+                    max_dbs=0,  # opening a named database takes LMDB's write mutex; the main one is enough
+                    max_readers=self._readers(),
+                    max_spare_txns=1,  # 0 takes a mutex shared between processes at every read
+                    sync=True,
+                    metasync=False,  # power loss costs at most the last commit, and half the fsyncs are saved
+                    writemap=False,  # a full disk would be a SIGBUS
+                    mode=0o600,
+                )
+            except lmdb.MemoryError:
+                map_bytes //= 2  # an address space limit; the budget still has to fit twice
+                if map_bytes < max(2 * self._budget, _SMALLEST_MAP_BYTES):
+                    raise
+
+    def _check(self, env: lmdb.Environment, inode: int) -> Handles:
+        last_byte = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        if last_byte > _file_bytes(self.path / "data.mdb"):
+            raise StoreError(f"{self.path} is truncated", kind="damaged")  # a read of it would be a SIGBUS
+        with env.begin() as txn:
+            found = txn.get(FORMAT_KEY)
+        if found is None:
+            raise StoreError(f"{self.path} holds another program's environment", kind="damaged")
+        if found != FORMAT:
+            raise StoreError(f"{self.path} has format {found!r}, this version reads {FORMAT!r}", kind="format")
+        return Handles(env, inode)
+
+    def _readers(self) -> int:
+        # The table is part of the budget: a 64th of a small one, 4,096 readers from 16 MiB on.
+        return max(126, min(_MOST_READERS, self._budget // (64 * _READER_BYTES)))
+
+    def _allocate_lock_file(self, path: Path) -> None:
+        """Allocate lock.mdb: LMDB maps it, and on a full disk that would be a SIGBUS."""
+        try:
+            descriptor = os.open(path / "lock.mdb", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_EXCL, 0o600)
+        except FileExistsError:
+            return
+        try:
+            os.posix_fallocate(descriptor, 0, _LOCK_HEADER_BYTES + self._readers() * _READER_BYTES)
+        finally:
+            os.close(descriptor)
+
+
+def shared_environment(directory: CacheDirectory, name: str, budget: int) -> Environment:
+    """Return this process's environment for a subdirectory."""
+    key = os.path.realpath(directory.path / name)
+    with _environments_lock:
+        if key not in _environments:
+            _environments[key] = Environment(directory, name, budget)
+        return _environments[key]
+
+
+@contextmanager
+def _begin(env: lmdb.Environment) -> Iterator[lmdb.Transaction]:
+    try:
+        txn = env.begin(buffers=True)
+    except lmdb.ReadersFullError:
+        env.reader_check()  # killed readers keep their slots until somebody looks
+        txn = env.begin(buffers=True)
+    with txn:
+        yield txn
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    """Turn what LMDB and the system raise into ``StoreError``."""
+    try:
+        yield
+    except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.PanicError) as error:
+        raise StoreError(f"{path} is damaged: {error}", kind="damaged") from error
+    except lmdb.Error as error:
+        kind = {
+            lmdb.DiskError: "disk",
+            lmdb.MapFullError: "map_full",
+            lmdb.MapResizedError: "map_resized",
+            lmdb.ReadersFullError: "readers_full",
+            lmdb.LockError: "lmdb_lock",
+        }.get(type(error), "lmdb")
+        raise StoreError(f"{path}: {error}", kind=kind) from error
+    except (OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, StoreError):
+            raise
+        raise StoreError(f"{path}: {error}", kind="disk") from error
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is not our own plain file: LMDB would follow a link and hang on a FIFO."""
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_uid != os.geteuid():
+        raise StoreError(f"{path} is not a plain file of ours", kind="damaged")
+
+
+def _file_bytes(path: Path) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0

@@ -1,0 +1,467 @@
+"""The store contract on LMDB: rows in append-ordered segments, found through a small index.
+
+Entries of one environment, by the first byte of the key (numbers are big-endian):
+
+- ``n`` + fingerprint (16 bytes) -> ``Namespace``, a msgpack array
+- ``i`` + namespace number (3) + first 8 bytes of the digest -> segment, offset, length
+- ``s`` + namespace number (3) + segment number (4) -> records one after the other
+- ``r`` + the same -> when one of the segment's rows was last used, in seconds (for eviction)
+- ``a`` + a name: format, time of creation, next namespace number
+
+LMDB's pages are badly filled by records with random keys (100 B rows take 3.5 times their size, 1 kB
+rows 2.2 times); grouped into segments of 64 KiB only the index entries are random. The last segment of a
+namespace is extended until it is full, whatever the size of the commits. The index holds half a digest;
+two samples that share it (one pair in 10^10 rows is likely at a probability of 1e-8 a million) would
+share a place, so the later one is not stored, and the record's full digest keeps the answer right.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
+
+import lmdb
+import msgpack
+
+from torchcache.errors import StoreError
+from torchcache.layout import Rows
+from torchcache.storage import budget
+from torchcache.storage.contract import Lookup, Packed, Written
+from torchcache.storage.directory import CacheDirectory
+from torchcache.storage.environment import shared_environment
+from torchcache.storage.record import MAX_VALUE_BYTES, digest_of, length_of, pack_rows, unpack_many
+
+logger = logging.getLogger(__name__)
+
+#: 16 pages less LMDB's page header: a full segment wastes nothing.
+SEGMENT_BYTES = 16 * 4096 - 16
+
+_LOCATION = struct.Struct(">IHI")  # segment, offset (a record begins in the first 64 KiB), length
+_INDEX_DIGEST_BYTES = 8
+_NEXT_NUMBER = b"a next namespace"
+_MOST_NAMESPACES = 1 << 24
+
+#: Segments read since the last commit whose time is remembered (for eviction="lru").
+_MOST_RECENT = 4096
+
+#: How many bytes and rows one commit may have at most, whatever the budget.
+_MOST_COMMIT_BYTES = 32 << 20
+MOST_COMMIT_ROWS = 4096
+
+#: A namespace that is read is marked as used this often, so that others can tell stale from used.
+_TOUCH_SECONDS = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Namespace:
+    """One row of the namespace table."""
+
+    number: int
+    next_segment: int
+    rows: int
+    nbytes: int
+    created_at: float
+    touched_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSettings:
+    """What one cache asks of its store."""
+
+    budget_bytes: int
+    eviction: str = "stale"
+    zstd_level: int | None = None
+    lock_timeout_seconds: float = 2.0
+
+
+class LmdbStore:
+    """One module hash's values in an LMDB environment; see ``contract.Store``.
+
+    Args:
+        directory: The cache directory.
+        name: The module hash, a plain file name.
+        settings: Budget and waits.
+    """
+
+    def __init__(self, directory: CacheDirectory, name: str, settings: StoreSettings) -> None:
+        self._directory = directory
+        self._settings = settings
+        self._environment = shared_environment(directory, name, settings.budget_bytes)
+        self._budget = budget.Budget(directory, settings.budget_bytes)
+        self._doubtful: set[bytes] = set()  # index keys whose record failed a check: overwritten
+        self._recent: dict[bytes, bytes] = {}  # segments read here -> when; noted with the next commit
+        self._touched: dict[bytes, float] = {}  # namespaces read here and when that was last noted
+
+    @property
+    def path(self) -> Path:
+        """The subdirectory of the environment."""
+        return self._environment.path
+
+    @property
+    def most_commit_bytes(self) -> int:
+        """How large a commit should be at most: small against the budget."""
+        return min(_MOST_COMMIT_BYTES, max(1, self._settings.budget_bytes // budget.COMMIT_SHARE))
+
+    def is_full(self) -> bool:
+        """Tell whether writing is pointless for now, so that packing can be saved."""
+        return self._budget.is_resting()
+
+    def used_bytes(self) -> int:
+        return self._directory.used_bytes()
+
+    def get_many(self, namespace: bytes, digests: Sequence[bytes]) -> Lookup:
+        if not self._environment.is_present():
+            return Lookup([], list(range(len(digests))))
+        with self._environment.reading() as txn:
+            entry = _read_namespace(txn, namespace)
+            if entry is None:
+                return Lookup([], list(range(len(digests))))
+            records, segments = _read_records(txn, entry.number, digests)
+            found, missing, corrupt = unpack_many(namespace, digests, records)
+            if corrupt:
+                prefix = _prefix(b"i", entry.number)
+                self._doubtful.update(
+                    prefix + digests[p][:_INDEX_DIGEST_BYTES] for p in missing if records[p] is not None
+                )
+            del records  # views end with the transaction
+        if self._settings.eviction == "lru" and len(self._recent) < _MOST_RECENT:
+            self._recent.update(dict.fromkeys((b"r" + key[1:] for key in segments), _now()))
+        return Lookup(found, missing, corrupt)
+
+    def needs_touch(self, namespace: bytes) -> bool:
+        """Tell whether a read of ``namespace`` should be noted on disk; at most once in ten minutes."""
+        now = time.time()
+        if now - self._touched.get(namespace, 0.0) < _TOUCH_SECONDS:
+            return False
+        self._touched[namespace] = now
+        return True
+
+    def touch(self, namespace: bytes, cancel: Callable[[], bool] | None = None) -> None:
+        """Note that ``namespace`` is in use, so that it does not count as stale."""
+        now = time.time()
+        with self._turn(cancel):
+            if not self._environment.is_present():
+                return
+            with self._environment.writing() as txn:
+                entry = _read_namespace(txn, namespace)
+                if entry is not None and now - entry.touched_at > _TOUCH_SECONDS / 2:
+                    recent, self._recent = self._recent, {}
+                    _put_sorted(txn, recent)
+                    _write_namespace(txn, namespace, replace(entry, touched_at=now))
+
+    def pack(self, namespace: bytes, rows: Rows) -> Packed:
+        if rows.layout.nbytes > MAX_VALUE_BYTES:
+            return Packed(namespace, (), (), 0)
+        records = pack_rows(namespace, rows, self._settings.zstd_level)
+        return Packed(namespace, rows.digests, records, sum(map(len, records)))
+
+    def put_many(self, packed: Sequence[Packed], cancel: Callable[[], bool] | None = None) -> Written:
+        with self._turn(cancel):
+            self._directory.measure()
+            if not self._environment.ensure(self._budget.allows_new):
+                self._budget.rest(self._settings.eviction)
+                return Written(dropped={"budget": sum(len(p.digests) for p in packed)})
+            if not self._environment.is_current():
+                self._environment.close()
+            recent, self._recent = self._recent, {}
+            written, growth = self._try_commit(packed, recent)
+            if growth and self._make_room(growth, keep={p.namespace for p in packed}):
+                written, growth = self._try_commit(packed, recent)
+            if growth:
+                self._budget.rest(self._settings.eviction)
+            return written
+
+    def _try_commit(self, packed: Sequence[Packed], recent: Mapping[bytes, bytes]) -> tuple[Written, int]:
+        """Commit if the budget allows it; otherwise say what was dropped and how much room it needs."""
+        with self._environment.writing() as txn:
+            write = _Write(txn, self._doubtful, recent)
+            write.plan(packed)
+            growth = write.growth_bytes()
+            if self._budget.allows(growth, budget.free_bytes(txn, self._environment.last_page())):
+                return write.carry_out(), 0
+            txn.abort()
+        return Written(dropped={"budget": write.planned_rows}), growth
+
+    def delete_all(self) -> None:
+        with self._turn(None):
+            self._environment.close()
+            self._directory.remove(self._environment.name)
+            self._directory.measure()
+        self._budget.wake()
+
+    def close(self) -> None:
+        """Do nothing: the environment stays open for other caches of this process, until it ends."""
+
+    @contextmanager
+    def _turn(self, cancel: Callable[[], bool] | None) -> Iterator[None]:
+        with self._directory.turn(self._settings.lock_timeout_seconds, cancel):
+            yield
+
+    # -- making room --------------------------------------------------------------------------------------------
+
+    def _make_room(self, needed_bytes: int, keep: set[bytes]) -> bool:
+        """Evict by the settings' policy; return whether anything was evicted."""
+        if self._settings.eviction == "none":
+            return False
+        self._directory.empty_trash()
+        if budget.remove_stale_environments(self._directory, self._environment.name, needed_bytes, self._budget):
+            return True
+        if self._settings.eviction == "stale":
+            return self._delete_slices(self._stale_segments(keep), needed_bytes)
+        return self._delete_slices(self._oldest_segments(), max(needed_bytes, self._budget.slack_bytes()))
+
+    def _stale_segments(self, keep: set[bytes]) -> list[bytes]:
+        """Return the segments of namespaces nobody touched for an hour, oldest first."""
+        limit = time.time() - budget.STALE_SECONDS
+        with self._environment.reading() as txn:
+            stale = {
+                _prefix(b"s", entry.number): entry.touched_at
+                for fingerprint, entry in _all_namespaces(txn)
+                if entry.touched_at < limit and fingerprint not in keep
+            }
+            keys = [bytes(key) for key, _ in _scan(txn, b"s")]
+        return sorted((key for key in keys if key[:4] in stale), key=lambda key: (stale[key[:4]], key))
+
+    def _oldest_segments(self) -> list[bytes]:
+        """Return the half of all segments that were used longest ago, oldest first."""
+        with self._environment.reading() as txn:
+            used = sorted((bytes(when), b"s" + bytes(key[1:])) for key, when in _scan(txn, b"r"))
+        used = sorted((self._recent.get(b"r" + key[1:], when), key) for when, key in used)
+        return [key for _, key in used[: max(1, len(used) // 2)]]
+
+    def _delete_slices(self, segments: Sequence[bytes], needed_bytes: int) -> bool:
+        """Delete segments, a small transaction at a time, until enough pages are free."""
+        deleted, rows, waiting = 0, 0, list(segments)
+        while waiting:
+            with self._environment.writing() as txn:
+                free = budget.free_bytes(txn, self._environment.last_page())
+                growth = budget.deletion_bytes(txn)
+                if free >= budget.FREE_FACTOR * needed_bytes or not self._budget.allows_deletion(growth):
+                    txn.abort()
+                    break
+                part, waiting = waiting[: budget.SEGMENTS_A_SLICE], waiting[budget.SEGMENTS_A_SLICE :]
+                rows += _delete_segments(txn, part)
+                deleted += len(part)
+            self._directory.measure()
+        if deleted:
+            logger.info(
+                "the cache under %s is full; %d rows of %s were evicted (eviction=%r)",
+                self._directory.path, rows, self._environment.name, self._settings.eviction,
+            )  # fmt: skip
+        return deleted > 0
+
+
+class _Write:
+    """One write transaction: planned, measured against the budget, carried out."""
+
+    def __init__(self, txn: lmdb.Transaction, doubtful: set[bytes], recent: Mapping[bytes, bytes]) -> None:
+        self._txn = txn
+        self._doubtful = doubtful
+        self._recent = recent
+        self._segments: dict[bytes, list[bytes]] = {}
+        self._index: dict[bytes, bytes] = {}
+        self._namespaces: dict[bytes, Namespace] = {}
+        self._present = 0
+        self._nbytes = 0
+
+    @property
+    def planned_rows(self) -> int:
+        """How many rows are new."""
+        return len(self._index)
+
+    def plan(self, packed: Sequence[Packed]) -> None:
+        """Decide where each record goes; what is there already, or twice, is left out."""
+        for item in packed:
+            entry = self._namespaces.get(item.namespace) or self._find_namespace(item.namespace)
+            self._namespaces[item.namespace] = self._plan_rows(item, entry)
+
+    def growth_bytes(self) -> int:
+        """Return a strict bound of how much the file can grow by ``carry_out``."""
+        sizes = [sum(map(len, parts)) for parts in self._segments.values()]
+        small = len(self._index) + len(self._segments) + len(self._recent) + len(self._namespaces)
+        return budget.growth_bytes(self._txn, sizes, small)
+
+    def carry_out(self) -> Written:
+        """Put everything; the caller's transaction commits it."""
+        for key, parts in self._segments.items():
+            self._txn.put(key, b"".join(parts))
+        used = dict.fromkeys((b"r" + key[1:] for key in self._segments), _now())
+        _put_sorted(self._txn, {**self._index, **self._recent, **used})
+        for fingerprint, entry in self._namespaces.items():
+            _write_namespace(self._txn, fingerprint, entry)
+        self._doubtful.difference_update(self._index)
+        return Written(rows=len(self._index) + self._present, nbytes=self._nbytes)
+
+    def _plan_rows(self, item: Packed, entry: Namespace) -> Namespace:
+        prefix, segment_prefix = _prefix(b"i", entry.number), _prefix(b"s", entry.number)
+        number, parts = self._tail(segment_prefix, entry)
+        size = sum(map(len, parts))
+        rows = nbytes = 0
+        for digest, record in zip(item.digests, item.records, strict=True):
+            key = prefix + digest[:_INDEX_DIGEST_BYTES]
+            if key in self._index or (key not in self._doubtful and self._is_there(key)):
+                self._present += 1
+                continue
+            if size and size + len(record) > SEGMENT_BYTES:
+                number, parts, size = number + 1, [], 0
+            self._index[key] = _LOCATION.pack(number, size, len(record))
+            parts.append(record)
+            self._segments[segment_prefix + number.to_bytes(4, "big")] = parts
+            size += len(record)
+            rows += 1
+            nbytes += len(record)
+        self._nbytes += nbytes
+        return replace(
+            entry,
+            next_segment=max(entry.next_segment, number + 1 if parts else number),
+            rows=entry.rows + rows,
+            nbytes=entry.nbytes + nbytes,
+            touched_at=time.time(),
+        )
+
+    def _is_there(self, key: bytes) -> bool:
+        return self._txn.get(key) is not None
+
+    def _tail(self, prefix: bytes, entry: Namespace) -> tuple[int, list[bytes]]:
+        """Return number and records of the segment to fill: the last one if it has room, or a new one."""
+        last = entry.next_segment - 1
+        if last >= 0:
+            key = prefix + last.to_bytes(4, "big")
+            if key in self._segments:
+                return last, self._segments[key]
+            value = self._txn.get(key)
+            if value is not None and len(value) < SEGMENT_BYTES:
+                return last, [bytes(value)]
+        return entry.next_segment, []
+
+    def _find_namespace(self, fingerprint: bytes) -> Namespace:
+        entry = _read_namespace(self._txn, fingerprint)
+        if entry is not None:
+            return entry
+        # Numbers are never used twice: a reader may still know the number of a deleted namespace.
+        number = int.from_bytes(bytes(self._txn.get(_NEXT_NUMBER, b"")), "big")
+        if number >= _MOST_NAMESPACES:
+            raise StoreError("the namespace table is full; clear() the cache", kind="namespaces_full")
+        self._txn.put(_NEXT_NUMBER, (number + 1).to_bytes(4, "big"))
+        now = time.time()
+        return Namespace(number, 0, 0, 0, now, now)
+
+
+def _read_records(
+    txn: lmdb.Transaction, number: int, digests: Sequence[bytes]
+) -> tuple[list[memoryview | None], set[bytes]]:
+    """Return a view of each digest's record, or None, and the keys of the segments they lie in."""
+    prefix, segment_prefix = _prefix(b"i", number), _prefix(b"s", number)
+    get, unpack = txn.get, _LOCATION.unpack
+    locations = [get(prefix + digest[:_INDEX_DIGEST_BYTES]) for digest in digests]
+    records: list[memoryview | None] = []
+    loaded: dict[bytes, memoryview] = {}
+    for location in locations:
+        if location is None:
+            records.append(None)
+            continue
+        key = segment_prefix + location[:4]
+        segment = loaded.get(key)
+        if segment is None:
+            segment = loaded[key] = memoryview(get(key, b""))
+        try:
+            _, offset, length = unpack(location)
+        except struct.error:
+            offset = length = 0  # a damaged entry: an empty record fails every check
+        records.append(segment[offset : offset + length])
+    return records, set(loaded)
+
+
+def _read_namespace(txn: lmdb.Transaction, fingerprint: bytes) -> Namespace | None:
+    value = txn.get(b"n" + fingerprint)
+    return None if value is None else _parse_namespace(value)
+
+
+def _parse_namespace(value: bytes | memoryview) -> Namespace | None:
+    """Return the entry; None for one that this version cannot read, which is then as good as absent."""
+    try:
+        return Namespace(*msgpack.unpackb(value, use_list=True)[: len(fields(Namespace))])
+    except (ValueError, TypeError, msgpack.exceptions.UnpackException):
+        return None
+
+
+def _write_namespace(txn: lmdb.Transaction, fingerprint: bytes, entry: Namespace) -> None:
+    txn.put(b"n" + fingerprint, msgpack.packb(astuple(entry)))
+
+
+def _all_namespaces(txn: lmdb.Transaction) -> Iterator[tuple[bytes, Namespace]]:
+    for key, value in _scan(txn, b"n"):
+        entry = _parse_namespace(value)
+        if entry is not None:
+            yield bytes(key[1:]), entry
+
+
+def _scan(txn: lmdb.Transaction, kind: bytes) -> Iterator[tuple[bytes | memoryview, bytes | memoryview]]:
+    """Yield keys and values of one kind; views that end with the transaction."""
+    with txn.cursor() as cursor:
+        if cursor.set_range(kind):
+            for key, value in cursor:
+                if key[:1] != kind:
+                    return
+                yield key, value
+
+
+def _put_sorted(txn: lmdb.Transaction, items: Mapping[bytes, bytes]) -> None:
+    if items:
+        with txn.cursor() as cursor:
+            cursor.putmulti(sorted(items.items()))
+
+
+def _delete_segments(txn: lmdb.Transaction, keys: Sequence[bytes]) -> int:
+    """Delete segments with the index entries that point into them; return how many rows that were."""
+    rows = 0
+    per_namespace: dict[bytes, list[int]] = {}
+    for key in keys:
+        segment = txn.get(key)
+        if segment is None:
+            continue
+        prefix, number = b"i" + key[1:4], key[4:]
+        counted = per_namespace.setdefault(key[1:4], [0, 0])
+        for record in _walk_records(bytes(segment)):
+            entry = prefix + digest_of(record)[:_INDEX_DIGEST_BYTES]
+            location = txn.get(entry)
+            if location is not None and bytes(location[:4]) == number:
+                txn.delete(entry)
+                counted[0] += 1
+                counted[1] += len(record)
+                rows += 1
+        txn.delete(key)
+        txn.delete(b"r" + key[1:])
+    for fingerprint, namespace in list(_all_namespaces(txn)):
+        gone = per_namespace.get(namespace.number.to_bytes(3, "big"))
+        if gone is None:
+            continue
+        if namespace.rows <= gone[0]:
+            txn.delete(b"n" + fingerprint)
+        else:
+            left = replace(namespace, rows=namespace.rows - gone[0], nbytes=max(0, namespace.nbytes - gone[1]))
+            _write_namespace(txn, fingerprint, left)
+    return rows
+
+
+def _walk_records(segment: bytes) -> Iterator[memoryview]:
+    view = memoryview(segment)
+    while view:
+        length = length_of(view)
+        if length is None:
+            return
+        yield view[:length]
+        view = view[length:]
+
+
+def _prefix(kind: bytes, number: int) -> bytes:
+    return kind + number.to_bytes(3, "big")
+
+
+def _now() -> bytes:
+    return int(time.time()).to_bytes(8, "big")

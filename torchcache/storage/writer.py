@@ -1,0 +1,364 @@
+"""The background writer: a bounded queue in front of the stores, one thread a process.
+
+Callers hand over rows and go on. The thread packs and compresses them outside every lock and commits
+many at once; it starts with the first write, ends when it has been idle for a second, and comes to rest
+for a fork. What is queued or being committed is a hit for this process.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torchcache import process
+from torchcache.errors import StoreError
+from torchcache.layout import Found, Layout, Rows, empty_rows
+from torchcache.storage.contract import Packed, Written
+from torchcache.storage.directory import TurnCancelledError
+from torchcache.storage.lmdb import MOST_COMMIT_ROWS
+
+logger = logging.getLogger(__name__)
+
+_IDLE_SECONDS = 1.0
+_MOST_JOBS = 64
+
+#: Bounds of the queue and of the wait at the end of the program; a worker has less of both, since torch
+#: gives it five seconds to end.
+DEFAULT_QUEUE_BYTES, WORKER_QUEUE_BYTES = int(64e6), int(16e6)
+DEFAULT_FLUSH_SECONDS, WORKER_FLUSH_SECONDS = 10.0, 4.0
+
+
+class WritableStore(Protocol):
+    """What the writer needs of a store beyond the contract."""
+
+    @property
+    def most_commit_bytes(self) -> int: ...
+    def is_full(self) -> bool: ...
+    def pack(self, namespace: bytes, rows: Rows) -> Packed: ...
+    def put_many(self, packed: Sequence[Packed], cancel: Callable[[], bool] | None = None) -> Written: ...
+    def touch(self, namespace: bytes, cancel: Callable[[], bool] | None = None) -> None: ...
+
+
+class WriteObserver(Protocol):
+    """Who is told what became of rows; called on the writer's thread, must not block."""
+
+    def on_written(self, written: Written) -> None: ...
+    def on_fault(self, error: Exception, rows: int) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """Rows to write, or (without rows) a namespace to mark as used."""
+
+    store: WritableStore
+    observer: WriteObserver
+    namespace: bytes
+    rows: Rows | None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.rows is None else self.rows.nbytes
+
+    @property
+    def n(self) -> int:
+        return 0 if self.rows is None else len(self.rows.digests)
+
+
+class Writer:
+    """The queue and the thread of one process.
+
+    Invariants: ``_bytes`` is the sum of the jobs in ``_waiting`` and ``_under_way``, and ``_pending`` has
+    exactly their rows (and, in a forked child, those its parent had not committed yet).
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: deque[_Job] = deque()  # guarded by _changed
+        self._under_way: list[_Job] = []  # guarded by _changed
+        self._bytes = 0  # guarded by _changed
+        self._pending: dict[tuple[int, bytes], tuple[Rows, int]] = {}  # guarded by _changed
+        self._thread: threading.Thread | None = None  # guarded by _changed
+        self._is_parked = False  # guarded by _changed
+        self._is_ended = False  # guarded by _changed
+        self._flush_seconds = 0.0
+        process.listen_to_forks(self)
+
+    # -- callers' side ------------------------------------------------------------------------------------------
+
+    def put(
+        self,
+        store: WritableStore,
+        observer: WriteObserver,
+        namespace: bytes,
+        rows: Rows,
+        *,
+        queue_bytes: int,
+        timeout_seconds: float,
+        flush_seconds: float,
+    ) -> bool:
+        """Accept rows for the store; they must not change afterwards.
+
+        Waits at most ``timeout_seconds`` while the queue holds more than ``queue_bytes``; rows that are
+        larger than the whole queue are accepted when it is empty.
+
+        Returns:
+            Whether they were accepted.
+        """
+        job = _Job(store, observer, namespace, rows)
+
+        def has_room() -> bool:
+            return self._bytes == 0 or self._bytes + job.nbytes <= queue_bytes or self._is_ended
+
+        with self._changed:
+            if not has_room():
+                self._start()
+                if not self._changed.wait_for(has_room, timeout=timeout_seconds):
+                    return False
+            if self._is_ended:
+                return False
+            self._flush_seconds = max(self._flush_seconds, flush_seconds)
+            self._waiting.append(job)
+            self._bytes += job.nbytes
+            for i, digest in enumerate(rows.digests):
+                self._pending[id(store), namespace + digest] = (rows, i)
+            self._start()
+            self._changed.notify_all()
+        process.at_exit(self.end)
+        return True
+
+    def touch(self, store: WritableStore, observer: WriteObserver, namespace: bytes) -> None:
+        """Mark a namespace as used, some time soon."""
+        with self._changed:
+            if not self._is_ended:
+                self._waiting.append(_Job(store, observer, namespace, None))
+                self._start()
+                self._changed.notify_all()
+
+    def get_many(
+        self, store: WritableStore, namespace: bytes, digests: Sequence[bytes]
+    ) -> tuple[list[Found], list[int]]:
+        """Copy out rows that are accepted and not committed yet; also say which are not there."""
+        if not self._pending:
+            return [], list(range(len(digests)))
+        by_layout: dict[Layout, list[tuple[int, Rows, int]]] = {}
+        missing: list[int] = []
+        with self._changed:
+            for position, digest in enumerate(digests):
+                place = self._pending.get((id(store), namespace + digest))
+                if place is None:
+                    missing.append(position)
+                else:
+                    by_layout.setdefault(place[0].layout, []).append((position, *place))
+            self._resume()
+        found = []
+        for layout, places in by_layout.items():
+            data = empty_rows(len(places), layout.nbytes)
+            for row, (_, rows, i) in zip(data, places, strict=True):
+                row[:] = rows.data[i]
+            found.append(Found([position for position, _, _ in places], layout, data))
+        return found, missing
+
+    def queued(self, store: WritableStore) -> tuple[int, int]:
+        """Return how many rows and bytes of a store are accepted and not committed."""
+        with self._changed:
+            jobs = [job for job in (*self._waiting, *self._under_way) if job.store is store]
+            return sum(job.n for job in jobs), sum(job.nbytes for job in jobs)
+
+    def flush(self, timeout_seconds: float, store: WritableStore | None = None) -> bool:
+        """Wait until everything accepted so far is committed or dropped; return whether it is.
+
+        Without a thread (none can be started while the interpreter ends) the caller does the work.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        with self._changed:
+            targets = {id(j) for j in (*self._waiting, *self._under_way) if store is None or j.store is store}
+
+            def is_done() -> bool:
+                return not any(id(job) in targets for job in (*self._waiting, *self._under_way))
+
+            while not is_done():
+                self._resume()
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                if self._thread is None:
+                    self._changed.release()
+                    try:
+                        self._work(until=deadline)
+                    finally:
+                        self._changed.acquire()
+                else:
+                    self._changed.wait(min(left, 0.25))
+            return True
+
+    def end(self) -> None:
+        """Commit what is accepted, within the flush timeout; accept nothing more. Says what was lost."""
+        self.flush(self._flush_seconds)
+        with self._changed:
+            self._is_ended = True
+            lost = sum(job.n for job in (*self._waiting, *self._under_way))
+            self._waiting.clear()
+            self._changed.notify_all()
+        if lost:
+            logger.warning(
+                "%d rows were not committed within flush_timeout_seconds=%g at the end of the program and "
+                "are lost; they will be computed again", lost, self._flush_seconds,
+            )  # fmt: skip
+
+    # -- forks --------------------------------------------------------------------------------------------------
+
+    def before_fork(self, deadline: float) -> bool:
+        """Park the thread: it puts back what it has not committed and ends."""
+        with self._changed:
+            self._is_parked = True
+            self._changed.notify_all()
+            thread = self._thread
+        if thread is not None:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        taken = self._changed.acquire(timeout=process.FORK_LOCK_SECONDS)
+        if taken:
+            self._changed.release()
+        return taken and (thread is None or not thread.is_alive())
+
+    def at_rest(self) -> None:
+        pass
+
+    def after_fork_in_parent(self) -> None:
+        # The thread starts again with the next call: started here, it would make os.fork() warn.
+        with self._changed:
+            self._is_parked = False
+
+    def after_fork_in_child(self, *, is_clean: bool) -> None:  # noqa: ARG002 - the queue is the parent's anyway
+        self._changed = threading.Condition()
+        self._waiting, self._under_way, self._bytes = deque(), [], 0
+        self._thread, self._is_parked, self._is_ended = None, False, False
+        self._flush_seconds = 0.0
+
+    # -- the thread's side --------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Start the thread if there is none; the lock is held."""
+        if self._thread is not None or self._is_parked:
+            return
+        thread = threading.Thread(target=self._run, name="torchcache-writer", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            return  # the interpreter is ending; end() does the work itself
+        self._thread = thread
+
+    def _resume(self) -> None:
+        if self._waiting:
+            self._start()
+
+    def _run(self) -> None:
+        try:
+            self._work(until=None)
+        except BaseException:
+            logger.exception("the writer thread failed; it starts again with the next write")
+        finally:
+            with self._changed:
+                if self._thread is threading.current_thread():
+                    self._thread = None
+                self._changed.notify_all()
+
+    def _work(self, until: float | None) -> None:
+        """Commit batches until there are none for a while, or until the time ``until``."""
+        while until is None or time.monotonic() < until:
+            with self._changed:
+                if until is None:
+                    self._changed.wait_for(lambda: self._waiting or self._is_parked, timeout=_IDLE_SECONDS)
+                if not self._waiting or self._is_parked:
+                    if until is None:
+                        self._thread = None  # under the lock: a put after this starts another
+                    return
+                batch = self._under_way = self._take_batch()
+            try:
+                self._commit(batch)
+            except TurnCancelledError:
+                with self._changed:
+                    self._waiting.extendleft(reversed(batch))
+                    self._under_way = []
+                continue
+            with self._changed:
+                self._under_way = []
+                for job in batch:
+                    self._forget(job)
+                self._changed.notify_all()
+
+    def _take_batch(self) -> list[_Job]:
+        """Take the first jobs that are for one store and together make a commit of its size."""
+        batch = [self._waiting.popleft()]
+        rows, nbytes = batch[0].n, batch[0].nbytes
+        while self._waiting and len(batch) < _MOST_JOBS:
+            job = self._waiting[0]
+            rows, nbytes = rows + job.n, nbytes + job.nbytes
+            if job.store is not batch[0].store or rows > MOST_COMMIT_ROWS or nbytes > job.store.most_commit_bytes:
+                break
+            batch.append(self._waiting.popleft())
+        return batch
+
+    def _commit(self, batch: list[_Job]) -> None:
+        store, observer = batch[0].store, batch[0].observer
+        n = sum(job.n for job in batch)
+        try:
+            if n and store.is_full():
+                observer.on_written(Written(dropped={"budget": n}))
+                return
+            packed: list[Packed] = []
+            for job in batch:
+                if job.rows is None:
+                    store.touch(job.namespace, self._cancels)
+                else:
+                    packed += [store.pack(job.namespace, part) for part in _parts(job.rows, store.most_commit_bytes)]
+            for commit in _group(packed, store.most_commit_bytes):
+                observer.on_written(store.put_many(commit, self._cancels))
+        except TurnCancelledError:
+            raise
+        except Exception as error:
+            if not isinstance(error, StoreError):
+                logger.exception("a write failed in an unexpected way")
+            observer.on_fault(error, n)
+
+    def _cancels(self) -> bool:
+        return self._is_parked
+
+    def _forget(self, job: _Job) -> None:
+        self._bytes -= job.nbytes
+        if job.rows is not None:
+            for digest in job.rows.digests:
+                place = self._pending.get((id(job.store), job.namespace + digest))
+                if place is not None and place[0] is job.rows:
+                    del self._pending[id(job.store), job.namespace + digest]
+
+
+def _parts(rows: Rows, most_bytes: int) -> list[Rows]:
+    """Cut rows into pieces that a commit may have."""
+    step = max(1, min(MOST_COMMIT_ROWS, most_bytes // max(1, rows.layout.nbytes)))
+    if step >= len(rows.digests):
+        return [rows]
+    return [
+        Rows(rows.digests[i : i + step], rows.layout, rows.data[i : i + step])
+        for i in range(0, len(rows.digests), step)
+    ]
+
+
+def _group(packed: Sequence[Packed], most_bytes: int) -> list[list[Packed]]:
+    """Group packed rows into commits of at most ``most_bytes``, one at least in each."""
+    groups: list[list[Packed]] = []
+    size = 0
+    for item in packed:
+        if not groups or size + item.nbytes > most_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += item.nbytes
+    return groups
+
+
+writer = Writer()
