@@ -136,6 +136,17 @@ class _Identity:
         return replace(self, tracker=StateTracker(self.module, self.walk, self.salt))
 
 
+def call_uncompiled(cache: Cache, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+    """Make a cached call a graph break for torch.compile: nothing inside it is traced.
+
+    ``torch.compiler.disable`` is asked here, not when decorating: it takes a second to import.
+    """
+    return torch.compiler.disable(cache.call_eagerly)(function, args, kwargs)
+
+
+call_uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined] # noqa: SLF001 - what disable() sets
+
+
 def _no_cache() -> None:
     return None
 
@@ -203,13 +214,19 @@ class Cache:
                 rows are not the batch's.
             Exception: Whatever ``function`` raises.
         """
+        if torch.compiler.is_compiling():
+            return cast("R", call_uncompiled(self, function, args, kwargs))
+        return cast("R", self.call_eagerly(function, args, kwargs))
+
+    def call_eagerly(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+        """Do what ``call`` says, never to be traced by torch.compile."""
         key = id(self)
         active = _calling.__dict__.setdefault("active", set())
         if key in active or is_disabled():
             return function(*args, **kwargs)
         active.add(key)
         try:
-            return cast("R", self._call(function, args, kwargs))
+            return self._call(function, args, kwargs)
         finally:
             active.discard(key)
 

@@ -113,6 +113,8 @@ def _decorate_class(cls: type, options: CacheOptions) -> type:
     cls.forward = _make_forward(cls)
     if not hasattr(cls, "cache_instance"):
         cls.cache_instance = property(_cache_instance)  # type: ignore[attr-defined]
+        # torch.jit.script compiles properties unless told not to.
+        cls.__jit_unused_properties__ = [*getattr(cls, "__jit_unused_properties__", ()), "cache_instance"]  # type: ignore[attr-defined]
     return cls
 
 

@@ -21,10 +21,11 @@ ROW_OVERHEAD_BYTES = 200
 #: So much bookkeeping is not charged, so that small limits mean the values themselves.
 FREE_OVERHEAD_BYTES = 1 << 20
 
-#: The first slab of a layout has about this size; each further one is twice as large, up to a share
-#: of the limit, so that one layout gives memory back to another in small steps.
-_FIRST_SLAB_BYTES = 1 << 18
-_SLAB_SHARE = 16
+#: A slab may take this share of the limit, so that one layout gives memory back to another in steps. In
+#: host memory a slab has that size at once: pages that were never written cost nothing.
+_SLAB_SHARE = 8
+_MOST_SLAB_ROWS = 1 << 24
+_FIRST_DEVICE_SLAB_BYTES = 1 << 20
 
 #: Rows from this size on are copied one by one, which saves the second copy of a scatter.
 _LARGE_ROW_BYTES = 4096
@@ -36,9 +37,10 @@ _SLOT_MASK = (1 << _SLOT_BITS) - 1
 class MemoryTier:
     """Values in memory, least recently used out first.
 
-    Invariants: ``_places`` has exactly the keys of all used slots of all slabs; ``_slab_bytes`` is the sum
-    of the slabs' sizes. Both change in ``_insert`` and ``_evict`` only, under ``_lock``, which also covers
-    gathering: a slot must not be evicted between lookup and copy.
+    Invariants: the dictionaries in ``_places`` have exactly the digests of all used slots of all slabs;
+    ``_bytes`` and ``_slots`` are the sums of what the slabs were ever filled to. They change in ``_insert``
+    and ``_evict`` only, under ``_lock``, which also covers gathering: a slot must not be evicted between
+    lookup and copy.
 
     Args:
         limit: Bytes the tier may hold, values and bookkeeping (of which 1 MiB is free).
@@ -49,15 +51,18 @@ class MemoryTier:
         self._limit = limit
         self._device = device
         self._lock = ForkLock(on_broken=self._forget)
-        self._places: dict[bytes, int] = {}  # guarded by _lock; key -> slab number << 32 | slot
-        self._slabs: dict[int, _Slab] = {}  # guarded by _lock
-        self._shelves: dict[Layout, list[_Slab]] = {}  # guarded by _lock
-        self._next_slab = 0  # guarded by _lock
-        self._slab_bytes = 0  # guarded by _lock
-        self._slots = 0  # guarded by _lock; of all slabs, used or not
-        self._clock = 0  # guarded by _lock; one tick a batch
-        self._oldest: Iterator[tuple[_Slab, int]] = iter(())  # guarded by _lock
-        self._oldest_until = 0  # guarded by _lock; the latest use in that line
+        # All guarded by _lock:
+        self._places: dict[bytes, dict[bytes, int]] = {}  # namespace -> digest -> slab number << 32 | slot
+        self._slabs: dict[int, _Slab] = {}
+        self._shelves: dict[Layout, list[_Slab]] = {}
+        self._next_slab = 0
+        self._bytes = 0
+        self._slots = 0
+        self._rows = 0
+        self._clock = 0  # one tick a batch
+        self._oldest: Iterator[tuple[_Slab, int]] = iter(())
+        self._oldest_until = 0  # the latest use in that line
+        self._inserting = b""  # the namespace whose dictionary an insert is filling
 
     @property
     def device(self) -> torch.device:
@@ -67,7 +72,7 @@ class MemoryTier:
     def usage(self) -> tuple[int, int]:
         """Return the number of rows and the bytes charged for them."""
         with self._lock:
-            return len(self._places), self._used_bytes()
+            return self._rows, self._bytes + max(0, self._slots * ROW_OVERHEAD_BYTES - FREE_OVERHEAD_BYTES)
 
     def get_many(self, namespace: bytes, digests: Sequence[bytes]) -> tuple[list[Found], list[int]]:
         """Copy out what is there.
@@ -76,11 +81,11 @@ class MemoryTier:
             The values found, one item a layout, and the positions that were not found.
         """
         with self._lock:
-            get = self._places.get
-            places = [get(namespace + digest, -1) for digest in digests]
-            if not self._places:
-                return [], list(range(len(places)))
-            codes = np.array(places, dtype=np.int64)
+            places = self._places.get(namespace)
+            if places is None:
+                return [], list(range(len(digests)))
+            get = places.get
+            codes = np.array([get(digest, -1) for digest in digests], dtype=np.int64)
             missing = np.flatnonzero(codes < 0)
             if missing.size == codes.size:
                 return [], missing.tolist()
@@ -95,16 +100,19 @@ class MemoryTier:
         fits = self._rows_that_fit(rows.layout, 0, 0)
         if fits <= 0 or not rows.digests:
             return
-        start = max(0, len(rows.digests) - fits)
         with self._lock:
+            places = self._places.setdefault(namespace, {})
             new: dict[bytes, int] = {}
-            for i in range(start, len(rows.digests)):
-                key = namespace + rows.digests[i]
-                if key not in self._places:
-                    new[key] = i
+            for i in range(max(0, len(rows.digests) - fits), len(rows.digests)):
+                if rows.digests[i] not in places:
+                    new[rows.digests[i]] = i
             if new:
                 self._clock += 1
-                self._insert(new, rows)
+                self._inserting = namespace
+                self._insert(namespace, new, rows)
+                self._inserting = b""
+            if not places:
+                del self._places[namespace]
 
     def clear(self) -> None:
         """Forget everything and free the slabs."""
@@ -115,17 +123,14 @@ class MemoryTier:
 
     def _forget(self) -> None:
         self._places, self._slabs, self._shelves = {}, {}, {}
-        self._slab_bytes = self._slots = 0
+        self._bytes = self._slots = self._rows = 0
         self._oldest = iter(())
 
-    def _used_bytes(self) -> int:
-        return self._slab_bytes + max(0, self._slots * ROW_OVERHEAD_BYTES - FREE_OVERHEAD_BYTES)
-
-    def _rows_that_fit(self, layout: Layout, slab_bytes: int, slots: int) -> int:
-        """Return how many rows more keep ``_used_bytes`` within the limit."""
+    def _rows_that_fit(self, layout: Layout, used_bytes: int, used_slots: int) -> int:
+        """Return how many rows more keep values and charged bookkeeping within the limit."""
         row_bytes = max(layout.nbytes, 1)
-        room = self._limit - slab_bytes
-        charged = room + FREE_OVERHEAD_BYTES - slots * ROW_OVERHEAD_BYTES
+        room = self._limit - used_bytes
+        charged = room + FREE_OVERHEAD_BYTES - used_slots * ROW_OVERHEAD_BYTES
         return min(room // row_bytes, charged // (row_bytes + ROW_OVERHEAD_BYTES))
 
     def _gather(self, codes: NDArray[np.int64], positions: NDArray[np.int64]) -> list[Found]:
@@ -136,12 +141,12 @@ class MemoryTier:
             slab = self._slabs[first]
             slab.used_at[slots] = self._clock
             return [Found(positions.tolist(), slab.layout, slab.gather(slots))]
-        found: list[Found] = []
         by_layout: dict[Layout, list[int]] = {}
         for number in np.unique(numbers).tolist():
             by_layout.setdefault(self._slabs[number].layout, []).append(number)
+        found: list[Found] = []
         for layout, its_numbers in by_layout.items():
-            members = np.flatnonzero(np.isin(numbers, its_numbers))
+            members = np.flatnonzero(np.isin(numbers, its_numbers)) if len(by_layout) > 1 else np.arange(codes.size)
             data = empty_rows(members.size, layout.nbytes)
             for number in its_numbers:
                 slab = self._slabs[number]
@@ -152,77 +157,94 @@ class MemoryTier:
             found.append(Found(positions[members].tolist(), layout, data))
         return found
 
-    def _insert(self, new: dict[bytes, int], rows: Rows) -> None:
-        keys = list(new)
+    def _insert(self, namespace: bytes, new: dict[bytes, int], rows: Rows) -> None:
+        digests = list(new)
         sources = np.fromiter(new.values(), dtype=np.int64, count=len(new))
+        places = self._places[namespace]
         done = 0
-        while done < len(keys):
-            slab = self._slab_with_room(rows.layout, len(keys) - done)
+        while done < len(digests):
+            slab, slots = self._take_slots(rows.layout, len(digests) - done)
             if slab is None:
-                return
-            count = min(len(slab.free), len(keys) - done)
-            slots = [slab.free.pop() for _ in range(count)]
-            part = keys[done : done + count]
-            slab.scatter(slots, _pick(rows.data, sources[done : done + count]))
+                if not self._evict(len(digests) - done):
+                    return
+                continue
+            part = digests[done : done + len(slots)]
+            slab.scatter(slots, _pick(rows.data, sources[done : done + len(slots)]))
             slab.used_at[slots] = self._clock
             base = slab.number << _SLOT_BITS
-            for key, slot in zip(part, slots, strict=True):
-                slab.keys[slot] = key
-                self._places[key] = base | slot
-            done += count
+            for digest, slot in zip(part, slots, strict=True):
+                slab.owners[slot] = (namespace, digest)
+                places[digest] = base | slot
+            self._rows += len(slots)
+            done += len(slots)
 
-    def _slab_with_room(self, layout: Layout, wanted: int) -> _Slab | None:
-        """Return a slab with a free slot, made or emptied if need be; None if there is no room at all."""
+    def _take_slots(self, layout: Layout, wanted: int) -> tuple[_Slab | None, list[int]]:
+        """Take up to ``wanted`` slots of one slab: freed ones first, then fresh ones within the limit."""
         shelf = self._shelves.setdefault(layout, [])
-        for slab in reversed(shelf):
+        for slab in shelf:
             if slab.free:
-                return slab
-        while True:
-            made = self._new_slab(layout, wanted, shelf)
-            if made is not None:
-                return made
-            evicted = self._evict_oldest()
-            if evicted is None:
-                return None
-            if evicted.layout == layout and evicted.number in self._slabs:
-                return evicted
-
-    def _new_slab(self, layout: Layout, wanted: int, shelf: list[_Slab]) -> _Slab | None:
-        fits = self._rows_that_fit(layout, self._slab_bytes, self._slots)
+                slots = slab.free[-wanted:]
+                del slab.free[-wanted:]
+                return slab, slots
+        fits = min(wanted, self._rows_that_fit(layout, self._bytes, self._slots))
         if fits <= 0:
-            return None
+            return None, []
+        slab = shelf[-1] if shelf and shelf[-1].filled < shelf[-1].capacity else self._new_slab(layout, wanted, shelf)
+        slots = slab.take_fresh(fits)
+        self._bytes += len(slots) * layout.nbytes
+        self._slots += len(slots)
+        return slab, slots
+
+    def _new_slab(self, layout: Layout, wanted: int, shelf: list[_Slab]) -> _Slab:
         row_bytes = max(layout.nbytes, 1)
-        size = max(_FIRST_SLAB_BYTES, wanted * row_bytes, 2 * max((s.nbytes for s in shelf), default=0))
-        capacity = max(1, min(size, self._limit // _SLAB_SHARE) // row_bytes)
-        slab = _Slab(self._next_slab, layout, min(capacity, fits, _SLOT_MASK), self._device)
+        size = self._limit // _SLAB_SHARE
+        if self._device.type != "cpu":  # where memory is taken at once: double from slab to slab
+            size = min(size, max(_FIRST_DEVICE_SLAB_BYTES, wanted * row_bytes, *(2 * s.nbytes for s in shelf), 0))
+        fits = self._rows_that_fit(layout, self._bytes, self._slots)
+        capacity = max(1, min(size // row_bytes, fits, _MOST_SLAB_ROWS))
+        slab = _Slab(self._next_slab, layout, capacity, self._device)
         self._next_slab += 1
         self._slabs[slab.number] = slab
         shelf.append(slab)
-        self._slab_bytes += slab.nbytes
-        self._slots += slab.capacity
         return slab
 
-    def _evict_oldest(self) -> _Slab | None:
-        """Evict the least recently used row; free its slab if that was the last one. None if empty."""
-        while True:
-            for slab, slot in self._oldest:
-                key = slab.keys[slot]
-                if key is None or slab.number not in self._slabs or slab.used_at[slot] > self._oldest_until:
-                    continue
-                if slab.used_at[slot] == self._clock:
-                    return None  # only rows of the batch at hand are left
-                del self._places[key]
-                slab.keys[slot] = None
-                slab.free.append(slot)
-                if len(slab.free) == slab.capacity:
-                    del self._slabs[slab.number]
-                    self._shelves[slab.layout].remove(slab)
-                    self._slab_bytes -= slab.nbytes
-                    self._slots -= slab.capacity
-                return slab
-            if not self._places:
-                return None
-            self._find_oldest()
+    def _evict(self, count: int) -> bool:
+        """Evict up to ``count`` rows, least recently used first; free slabs that are empty then.
+
+        Returns:
+            Whether any row was evicted; rows of the batch at hand are not.
+        """
+        evicted = 0
+        while evicted < count:
+            place = next(self._oldest, None)
+            if place is None:
+                if not self._rows or evicted:
+                    break
+                self._find_oldest()
+                continue
+            slab, slot = place
+            owner = slab.owners[slot]
+            if owner is None or slab.number not in self._slabs or slab.used_at[slot] > self._oldest_until:
+                continue  # freed or used since it was lined up
+            if slab.used_at[slot] == self._clock:
+                break
+            self._remove(slab, slot, *owner)
+            evicted += 1
+        return evicted > 0
+
+    def _remove(self, slab: _Slab, slot: int, namespace: bytes, digest: bytes) -> None:
+        places = self._places[namespace]
+        del places[digest]
+        if not places and namespace != self._inserting:
+            del self._places[namespace]
+        slab.owners[slot] = None
+        slab.free.append(slot)
+        self._rows -= 1
+        if len(slab.free) == slab.filled:
+            del self._slabs[slab.number]
+            self._shelves[slab.layout].remove(slab)
+            self._bytes -= slab.filled * slab.layout.nbytes
+            self._slots -= slab.filled
 
     def _find_oldest(self) -> None:
         """Line up the oldest sixteenth of all rows, so that each eviction is cheap and still exact.
@@ -231,26 +253,27 @@ class MemoryTier:
         """
         slabs = list(self._slabs.values())
         times = np.concatenate([slab.times_in_use() for slab in slabs])
-        count = min(max(1024, len(self._places) // 16), len(self._places))
+        count = min(max(1024, self._rows // 16), self._rows)
         chosen = np.argpartition(times, count - 1)[:count]
         chosen = chosen[np.argsort(times[chosen], kind="stable")]
         self._oldest_until = int(times[chosen[-1]])
-        starts = np.cumsum([0, *(slab.capacity for slab in slabs)])
+        starts = np.cumsum([0, *(slab.filled for slab in slabs)])
         owners = np.searchsorted(starts, chosen, side="right") - 1
         line = [(slabs[o], int(c - starts[o])) for o, c in zip(owners.tolist(), chosen.tolist(), strict=True)]
         self._oldest = iter(line)
 
 
 class _Slab:
-    """Rows of one layout side by side, on one device."""
+    """Rows of one layout side by side, on one device; slots below ``filled`` are used or in ``free``."""
 
     def __init__(self, number: int, layout: Layout, capacity: int, device: torch.device) -> None:
         self.number = number
         self.layout = layout
         self.capacity = capacity
         self.nbytes = capacity * layout.nbytes
-        self.keys: list[bytes | None] = [None] * capacity
-        self.free = list(range(capacity - 1, -1, -1))
+        self.filled = 0
+        self.owners: list[tuple[bytes, bytes] | None] = []
+        self.free: list[int] = []
         self.used_at: NDArray[np.int64] = np.zeros(capacity, dtype=np.int64)
         self._host: Bytes2D | None = None
         self._rows: torch.Tensor | None = None
@@ -259,6 +282,12 @@ class _Slab:
         else:
             self._rows = torch.empty((capacity, layout.nbytes), dtype=torch.uint8, device=device)
 
+    def take_fresh(self, wanted: int) -> list[int]:
+        """Take up to ``wanted`` slots that were never used."""
+        start, self.filled = self.filled, min(self.capacity, self.filled + wanted)
+        self.owners += [None] * (self.filled - start)
+        return list(range(start, self.filled))
+
     def gather(self, slots: NDArray[np.int64]) -> Bytes2D | torch.Tensor:
         """Return copies of the rows at ``slots``, on the slab's device."""
         if self._host is None:
@@ -266,13 +295,15 @@ class _Slab:
             return self._rows.index_select(0, torch.from_numpy(slots).to(self._rows.device))
         out = empty_rows(slots.size, self.layout.nbytes)
         # mode="clip" lets take() write into out directly; the slots are known to be in range.
-        np.take(self._host, slots, axis=0, out=out, mode="clip")
+        self._host.take(slots, axis=0, out=out, mode="clip")
         return out
 
     def gather_into(self, out: Bytes2D, members: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         """Copy the rows at ``slots`` to the rows ``members`` of ``out``."""
         if self._host is None:
-            out[members] = self.gather(slots).cpu().numpy()  # type: ignore[union-attr]
+            rows = self.gather(slots)
+            assert isinstance(rows, torch.Tensor)
+            out[members] = rows.cpu().numpy()
         elif self.layout.nbytes < _LARGE_ROW_BYTES:
             out[members] = self.gather(slots)
         else:
@@ -291,8 +322,8 @@ class _Slab:
             self._host[slots] = data
 
     def times_in_use(self) -> NDArray[np.int64]:
-        """Return the time each slot was last used, the end of time for free slots."""
-        times: NDArray[np.int64] = self.used_at.copy()
+        """Return the time each filled slot was last used, the end of time for free ones."""
+        times: NDArray[np.int64] = self.used_at[: self.filled].copy()
         times[self.free] = np.iinfo(np.int64).max
         return times
 
@@ -301,6 +332,6 @@ def _pick(data: Bytes2D, rows: NDArray[np.int64]) -> Bytes2D:
     """Return the rows of ``data``, without a copy where they lie side by side."""
     first, last = int(rows[0]), int(rows[-1])
     if last - first == rows.size - 1:
-        return data[first : last + 1]  # keys are unique and in order, so the rows are too
+        return data[first : last + 1]  # digests are unique and in order, so the rows are too
     picked: Bytes2D = data[rows]
     return picked

@@ -14,12 +14,15 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import os
 import sys
+import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from torchcache.keys.digest import digest_parts
@@ -58,7 +61,7 @@ _STORES_SUBSCRIPT = frozenset({"STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"})
 
 #: Distributions whose code never counts: their versions are said by others (torch by the user's own
 #: care, Python by its minor version), and a patch release must not start every cache afresh.
-_UNCOUNTED = frozenset({"torch", "numpy", "torchcache"})
+_UNCOUNTED = frozenset({"torch", "numpy", "torchcache", "the standard library"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,8 @@ def walk_code(target: type | Callable[..., object], parts: Iterable[type] = (), 
         entry: The method of a class that runs; only code reachable from it counts as a writer of
             attributes (a setter that ``forward`` does not call does not hide an attribute).
     """
-    walk = _Walk(home=_distribution_of(getattr(target, "__module__", None)))
+    target = unwrap(target)  # type: ignore[assignment] # of a function of ours, the user's
+    walk = _Walk(home=_home_of(target))
     walk.visit(target, "target")
     if not isinstance(target, type):
         walk.note_writes_of_functions()
@@ -122,11 +126,18 @@ def walk_code(target: type | Callable[..., object], parts: Iterable[type] = (), 
     return walk.result()
 
 
+def _home_of(target: type | Callable[..., object]) -> str | None:
+    """Return the origin of the target, whose code counts wherever it comes from."""
+    if isinstance(target, types.FunctionType):
+        return _origin_of_function(target)
+    return _origin_of_module(getattr(target, "__module__", None))
+
+
 class _Walk:
     """One walk; every object is visited once, in an order that only the code decides."""
 
     def __init__(self, home: str | None) -> None:
-        self._home = home
+        self._home = home  # None: the user's own, which always counts
         self._seen: dict[int, int] = {}
         self._kept: list[object] = []  # ids stay unique while the objects live
         self._parts: list[bytes] = [f"python {sys.version_info[0]}.{sys.version_info[1]}".encode()]
@@ -158,15 +169,16 @@ class _Walk:
             self.visit_class(value)
             return True
         if isinstance(value, types.ModuleType):
-            self._stop_at(value.__name__, label)
+            self._stop_at(_origin_of_module(value.__name__), label)
             return True
         return False
 
     def visit_class(self, cls: type) -> None:
         """Visit a class, its bases, their methods and class attributes."""
         for base in cls.__mro__:
-            if not self._is_own(base.__module__):
-                self._stop_at(base.__module__, base.__qualname__)
+            origin = _origin_of_module(base.__module__)
+            if not self._is_own(origin):
+                self._stop_at(origin, base.__qualname__)
                 continue
             if self._again("class", base, base.__name__):
                 continue
@@ -183,12 +195,13 @@ class _Walk:
                     self._visit_name(Name(f"{base.__name__}.{name}", vars(base), name, is_own_module(base.__module__)))
 
     def _visit_function(self, function: types.FunctionType, label: str) -> None:
-        if not self._is_own(function.__module__):
-            self._stop_at(function.__module__, f"{label} {function.__qualname__}")
+        origin = _origin_of_function(function)
+        if not self._is_own(origin):
+            self._stop_at(origin, f"{label} {function.__qualname__}")
             return
         if self._again("function", function, label):
             return
-        is_own = is_own_module(function.__module__)
+        is_own = origin is None
         self._functions.append(function)
         self._say("function", label)
         self._parts.append(fingerprint_code(function.__code__))
@@ -201,7 +214,7 @@ class _Walk:
             if name in function.__globals__:
                 self._visit_name(Name(name, function.__globals__, name, is_own))
                 value = function.__globals__[name]
-                if isinstance(value, types.ModuleType) and self._is_own(value.__name__):
+                if isinstance(value, types.ModuleType) and self._is_own(_origin_of_module(value.__name__)):
                     for attribute in sorted(attributes & vars(value).keys()):
                         self._visit_name(Name(f"{name}.{attribute}", vars(value), attribute, is_own))
 
@@ -223,7 +236,7 @@ class _Walk:
         waiting, known = [entry], {entry, "__init__", "__new__", "__setstate__"}
         by_name: dict[str, list[types.FunctionType]] = {}
         for base in cls.__mro__:
-            if self._is_own(base.__module__):
+            if self._is_own(_origin_of_module(base.__module__)):
                 for name, attribute in vars(base).items():
                     by_name.setdefault(name, []).extend(
                         f for _, f in _functions_of(attribute) if isinstance(f, types.FunctionType)
@@ -248,17 +261,14 @@ class _Walk:
 
     # -- where it stops -------------------------------------------------------------------------------
 
-    def _is_own(self, module: str | None) -> bool:
-        if is_own_module(module):
-            return True
-        return self._home is not None and _distribution_of(module) == self._home
+    def _is_own(self, origin: str | None) -> bool:
+        return origin is None or origin == self._home
 
-    def _stop_at(self, module: str | None, label: str) -> None:
-        distribution = _distribution_of(module)
-        if distribution is None or distribution in _UNCOUNTED or distribution == self._home:
+    def _stop_at(self, origin: str | None, label: str) -> None:
+        if origin is None or origin in _UNCOUNTED or origin == self._home:
             self._say("foreign", label)
         else:
-            self._say("foreign", label, distribution, _version_of(distribution))
+            self._say("foreign", label, origin, _version_of(origin))
 
     def _again(self, kind: str, value: object, label: str) -> bool:
         number = self._seen.get(id(value))
@@ -402,25 +412,55 @@ def _written_in(code: types.CodeType) -> tuple[set[str], set[str]]:
 
 def is_own_module(module: str | None) -> bool:
     """Tell whether a module is neither the standard library's nor an installed distribution's."""
-    if module is None:
-        return False
-    top = module.partition(".")[0]
-    return (top == "__main__" or top not in sys.stdlib_module_names) and _distribution_of(module) is None
+    return _origin_of_module(module) is None
+
+
+def _origin_of_function(function: types.FunctionType) -> str | None:
+    """Return where a function's code comes from: a distribution, the standard library, or None for the user's own.
+
+    The file decides, not the module's name: a script may be called like a module of the standard library, and
+    code made by ``exec`` has any name.
+    """
+    return _origin_of_file(function.__code__.co_filename)
 
 
 @lru_cache(maxsize=4096)
-def _distribution_of(module: str | None) -> str | None:
-    """Return the installed distribution a module comes from, or None for a script, REPL or checkout."""
-    if module is None:
+def _origin_of_module(module: str | None) -> str | None:
+    loaded = None if module is None else sys.modules.get(module)
+    if loaded is None:
         return None
-    top = module.partition(".")[0]
-    if top == "torchcache":
-        return "torchcache"
-    loaded = sys.modules.get(top)
+    if module in sys.builtin_module_names:
+        return _STANDARD
     path = getattr(loaded, "__file__", None) or next(iter(getattr(loaded, "__path__", ())), "")
-    if "site-packages" not in str(path) and "dist-packages" not in str(path):
+    return _origin_of_file(str(path))
+
+
+@lru_cache(maxsize=4096)
+def _origin_of_file(path: str) -> str | None:
+    if path.startswith("<frozen"):
+        return _STANDARD
+    if path.startswith("<"):
         return None
-    return (_distributions().get(top) or [top])[0]
+    full = os.path.realpath(path)
+    if full.startswith(_PACKAGE_FOLDER):
+        return "torchcache"
+    for folder in _LIBRARY_FOLDERS:
+        if full.startswith(folder):
+            top = full[len(folder) :].partition(os.sep)[0].partition(".")[0]
+            return (_distributions().get(top) or [top])[0]
+    return _STANDARD if full.startswith(_STANDARD_FOLDERS) else None
+
+
+_STANDARD = "the standard library"
+_PACKAGE_FOLDER = f"{Path(__file__).resolve().parents[1]}{os.sep}"
+_LIBRARY_FOLDERS = tuple(
+    dict.fromkeys(
+        os.path.realpath(path) + os.sep
+        for path in (*sysconfig.get_paths().values(), *sys.path)
+        if Path(path).name in ("site-packages", "dist-packages")
+    )
+)
+_STANDARD_FOLDERS = tuple(os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib"))
 
 
 @lru_cache(maxsize=1)

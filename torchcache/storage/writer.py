@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from torchcache import process
@@ -36,6 +37,8 @@ DEFAULT_FLUSH_SECONDS, WORKER_FLUSH_SECONDS = 10.0, 4.0
 class WritableStore(Protocol):
     """What the writer needs of a store beyond the contract."""
 
+    @property
+    def path(self) -> Path: ...
     @property
     def most_commit_bytes(self) -> int: ...
     def is_full(self) -> bool: ...
@@ -81,7 +84,7 @@ class Writer:
         self._waiting: deque[_Job] = deque()  # guarded by _changed
         self._under_way: list[_Job] = []  # guarded by _changed
         self._bytes = 0  # guarded by _changed
-        self._pending: dict[tuple[int, bytes], tuple[Rows, int]] = {}  # guarded by _changed
+        self._pending: dict[tuple[Path, bytes], tuple[Rows, int]] = {}  # guarded by _changed
         self._thread: threading.Thread | None = None  # guarded by _changed
         self._is_parked = False  # guarded by _changed
         self._is_ended = False  # guarded by _changed
@@ -125,7 +128,7 @@ class Writer:
             self._waiting.append(job)
             self._bytes += job.nbytes
             for i, digest in enumerate(rows.digests):
-                self._pending[id(store), namespace + digest] = (rows, i)
+                self._pending[store.path, namespace + digest] = (rows, i)
             self._start()
             self._changed.notify_all()
         process.at_exit(self.end)
@@ -148,8 +151,9 @@ class Writer:
         by_layout: dict[Layout, list[tuple[int, Rows, int]]] = {}
         missing: list[int] = []
         with self._changed:
+            path = store.path
             for position, digest in enumerate(digests):
-                place = self._pending.get((id(store), namespace + digest))
+                place = self._pending.get((path, namespace + digest))
                 if place is None:
                     missing.append(position)
                 else:
@@ -332,9 +336,9 @@ class Writer:
         self._bytes -= job.nbytes
         if job.rows is not None:
             for digest in job.rows.digests:
-                place = self._pending.get((id(job.store), job.namespace + digest))
+                place = self._pending.get((job.store.path, job.namespace + digest))
                 if place is not None and place[0] is job.rows:
-                    del self._pending[id(job.store), job.namespace + digest]
+                    del self._pending[job.store.path, job.namespace + digest]
 
 
 def _parts(rows: Rows, most_bytes: int) -> list[Rows]:
