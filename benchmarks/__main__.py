@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import hits
+from benchmarks import hits, layout
 from benchmarks.workload import BenchmarkError
 
 
@@ -14,9 +14,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="command", required=True)
     hits.add_arguments(commands.add_parser("hits", help="hits, side by side with torchcache 0.6.0"))
+    layout.add_arguments(commands.add_parser("layout", help="how rows lie on disk: bytes, reads, writes"))
     args = parser.parse_args()
     try:
-        return hits.run(args)
+        return {"hits": hits, "layout": layout}[args.command].run(args)
     except BenchmarkError as error:
         print(f"benchmarks {args.command}: {error}", file=sys.stderr)
         return 1

@@ -99,9 +99,7 @@ class Ours:
         if setting == "memory":
             decorate = torchcache(max_memory_cache_size=MEMORY_LIMIT_BYTES)
         else:
-            decorate = torchcache(
-                persistent=True, persistent_cache_dir=cache_dir, max_memory_cache_size=0
-            )
+            decorate = torchcache(persistent=True, persistent_cache_dir=cache_dir, max_memory_cache_size=0)
 
         @decorate
         class OurModel(Model):
@@ -130,8 +128,7 @@ class Ours:
         n_hits = self._hits() - hits_before
         if n_hits != self._case.n_rows:
             raise BenchmarkError(
-                f"only {n_hits} of {self._case.n_rows} rows were hits from {self._setting}: "
-                f"{self._cache.stats()}"
+                f"only {n_hits} of {self._case.n_rows} rows were hits from {self._setting}: {self._cache.stats()}"
             )
         return seconds
 
@@ -151,9 +148,7 @@ class Rival:
         BenchmarkError: If the process ends or does not answer in time.
     """
 
-    def __init__(
-        self, case: Case, setting: str, cache_dir: Path, folder: Path, threads: int
-    ) -> None:
+    def __init__(self, case: Case, setting: str, cache_dir: Path, folder: Path, threads: int) -> None:
         # The module search begins in the process's own folder, where its torchcache hides ours.
         path = [str(folder), str(Path(__file__).parents[1])]
         env = {key: value for key, value in os.environ.items() if not key.startswith("TORCHCACHE_")}

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from threading import local
 from typing import Any, TypeVar, cast
@@ -24,6 +25,7 @@ from torchcache.keys.code import CodeWalk, unwrap, walk_code
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.state import StateTracker
 from torchcache.layout import Found, Rows, empty_rows
+from torchcache.log import warn_once
 from torchcache.memory import MemoryTier
 from torchcache.options import CacheOptions
 from torchcache.samples import (
@@ -81,7 +83,6 @@ _MOST_RANDOM = 4096
 
 _disabled: ContextVar[bool] = ContextVar("torchcache_disabled", default=False)
 _calling = local()  # .active: ids of the targets whose cached call is under way in this thread
-_said: set[tuple[str, str]] = set()
 
 
 @contextlib.contextmanager
@@ -147,10 +148,6 @@ def call_uncompiled(cache: Cache, function: Function, args: tuple[Any, ...], kwa
 call_uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined] # noqa: SLF001 - what disable() sets
 
 
-def _no_cache() -> None:
-    return None
-
-
 class Cache:
     """The cache of one module instance or one function, in this process.
 
@@ -159,9 +156,9 @@ class Cache:
     counter in ``stats().faults`` and one line in the log per kind.
     """
 
-    def __init__(self, target: Target, options: CacheOptions) -> None:
+    def __init__(self, target: Target, options: Callable[[], CacheOptions]) -> None:
         self._target = target
-        self._options = options
+        self._make_options = options  # asked at first use: a module's attributes count
         self._counters = Counters()
         self._signatures: dict[Function, CallSignature] = {}
         self._lock = process.ForkLock(on_broken=self._forget_state)  # guards _identity's tracker
@@ -176,19 +173,15 @@ class Cache:
     def __repr__(self) -> str:
         return f"<torchcache.Cache of {self._target.name}>"
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Leave the cache behind when its module is copied or pickled: the copy gets one of its own."""
-        return _no_cache, ()
-
     @property
     def module_hash(self) -> str:
         """The name of what is computed: code, construction arguments, options that shape the values."""
         return self._known().module_hash
 
-    @property
+    @cached_property
     def options(self) -> CacheOptions:
         """The options in force."""
-        return self._options
+        return self._make_options()
 
     @property
     def cache_dir(self) -> Path | None:
@@ -335,7 +328,7 @@ class Cache:
             output = function(*forwarded[0], **forwarded[1])
         if isinstance(output, torch.Tensor) and (kind := unsupported_kind(output)):
             return self._result_of_bypass(kind, output, forwarded, function, args, kwargs, batch)
-        layout, data, overflowed = take_apart(output, len(unique), self._options.cache_dtype)
+        layout, data, overflowed = take_apart(output, len(unique), self.options.cache_dtype)
         self._counters.add(misses=len(unique), duplicates=len(missing) - len(unique))
         self._note_overflow(overflowed)
         self._output_device = output.device
@@ -348,7 +341,7 @@ class Cache:
         else:
             self._keep(namespace, Rows([digests[p] for p in unique], layout, data))
         if len(unique) == batch.n:
-            return rounded(output, self._options.cache_dtype)
+            return rounded(output, self.options.cache_dtype)
         if any(item.layout != layout for item in found):
             return self._bypass("rows_do_not_stack", function, args, kwargs, rows=batch.n)
         computed = Found(unique, layout, data)
@@ -376,7 +369,7 @@ class Cache:
         self._remember(namespace, rows)
         if self._store is None:
             return
-        queue_bytes, flush_seconds = self._options.queue_bytes, self._flush_seconds()
+        queue_bytes, flush_seconds = self.options.queue_bytes, self._flush_seconds()
         if queue_bytes is None:
             queue_bytes = WORKER_QUEUE_BYTES if process.is_child() else DEFAULT_QUEUE_BYTES
         try:
@@ -386,7 +379,7 @@ class Cache:
                 namespace,
                 rows,
                 queue_bytes=queue_bytes,
-                timeout_seconds=self._options.queue_timeout_seconds,
+                timeout_seconds=self.options.queue_timeout_seconds,
                 flush_seconds=flush_seconds,
             )
         except Exception as error:  # noqa: BLE001 - no fault of a tier leaves a cached call
@@ -399,14 +392,14 @@ class Cache:
             )
 
     def _flush_seconds(self) -> float:
-        configured = self._options.flush_timeout_seconds
+        configured = self.options.flush_timeout_seconds
         if configured is not None:
             return configured
         return WORKER_FLUSH_SECONDS if process.is_child() else DEFAULT_FLUSH_SECONDS
 
     def _remember(self, namespace: bytes, rows: Rows) -> None:
-        if self._memory is None and self._options.memory_cache_device is None and self._output_device is not None:
-            self._memory = MemoryTier(self._options.max_memory_cache_size, self._output_device)
+        if self._memory is None and self.options.memory_cache_device is None and self._output_device is not None:
+            self._memory = MemoryTier(self.options.max_memory_cache_size, self._output_device)
         if self._memory is None:
             return
         try:
@@ -505,7 +498,7 @@ class Cache:
             return self._identity
 
     def _identify(self) -> _Identity:
-        options, target = self._options, self._target
+        options, target = self.options, self._target
         module = None if target.module is None else target.module()
         named = options.persistent_module_hash
         if named:
@@ -545,7 +538,7 @@ class Cache:
                 self._is_open = True
 
     def _open_tiers(self, module_hash: str) -> None:
-        options = self._options
+        options = self.options
         if self._memory is None and options.max_memory_cache_size > 0 and options.memory_cache_device is not None:
             self._memory = MemoryTier(options.max_memory_cache_size, options.memory_cache_device)
         if self._store is None and options.persistent and options.max_persistent_cache_size > 0:
@@ -555,9 +548,9 @@ class Cache:
                 self.on_fault(error, 0)
 
     def _open_store(self, module_hash: str) -> LmdbStore:
-        options = self._options
+        options = self.options
         path = options.persistent_cache_dir
-        if path is None or self._target.arguments is None:
+        if path is None or (self._target.arguments is None and not options.persistent_module_hash):
             path = temporary_directory()
         settings = StoreSettings(
             budget_bytes=options.max_persistent_cache_size,
@@ -580,7 +573,7 @@ class Cache:
     def _grad_reason(self, tracker: StateTracker) -> str | None:
         if not torch.is_grad_enabled() or not any(p.requires_grad for p in tracker.parameters):
             return None
-        when = self._options.when_grad
+        when = self.options.when_grad
         if when == "bypass":
             return "parameters_require_grad"
         if when == "raise":
@@ -624,22 +617,16 @@ class Cache:
 
     def _note_fault(self, kind: str, message: str, amount: int = 1) -> None:
         self._counters.add_to("faults", kind, amount)
-        if ("fault", kind) not in _said:
-            _said.add(("fault", kind))
-            logger.warning(
-                "%s: %s; values are computed instead (fault %r, said once)", self._target.name, message, kind
-            )
+        warn_once(("fault", kind), "%s: %s; it goes on without (fault %r, said once)", self._target.name, message, kind)
 
     def _note_overflow(self, amount: int) -> None:
         if amount:
             self._counters.add(overflowed_values=amount)
-            self._say("overflow", f"cache_dtype={self._options.cache_dtype} made finite values infinite")
+            self._say("overflow", f"cache_dtype={self.options.cache_dtype} made finite values infinite")
 
     def _say(self, kind: str, message: str) -> None:
         """Say something once per target and kind."""
-        if (self._target.name, kind) not in _said:
-            _said.add((self._target.name, kind))
-            logger.warning("%s: %s", self._target.name, message)
+        warn_once((self._target.name, kind), "%s: %s", self._target.name, message)
 
 
 def _spread(

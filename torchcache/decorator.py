@@ -8,6 +8,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class UnnamedArgument:
+    """A construction argument that is known by its address only: what it was called, and its type."""
+
+    path: str
+    type_name: str
+
 
 _OPTIONS = "__torchcache_options__"
 _ARGUMENTS = "_torchcache_arguments"
@@ -142,7 +152,7 @@ def _make_init(cls: type) -> Callable[..., None]:
         else:
             _next(cls, self).__init__(*args, **kwargs)
         if type(self).__init__ is init:  # the outermost constructor is done
-            _merged_options(self).check_combinations()
+            _check_construction(self)
 
     init.__torchcache_original__ = own  # type: ignore[attr-defined]
     return init
@@ -175,7 +185,7 @@ def _next(cls: type, instance: Any) -> Any:  # noqa: ANN401 - super() is a proxy
     return super(cls, instance)
 
 
-def _encode_arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes | None:
+def _encode_arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes | UnnamedArgument:
     try:
         bound = inspect.signature(cls.__init__).bind(None, *args, **kwargs)  # type: ignore[misc]
         named = list(bound.arguments.items())[1:]
@@ -186,14 +196,22 @@ def _encode_arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any
         try:
             parts += [name.encode(), encode_argument(value, name)]
         except UnnamedValueError as error:
-            warnings.warn(
-                f"argument {error.path!r} of {cls.__qualname__} is an object of type {error.type_name} without a "
-                "stable name, so its cache is good for this process only; give the type a __repr__ that says its "
-                "value, pass plain values, or set persistent_module_hash",
-                stacklevel=4,
-            )
-            return None
+            return UnnamedArgument(error.path, error.type_name)
     return digest_parts(parts)
+
+
+def _check_construction(module: nn.Module) -> None:
+    """Check what only a whole instance can tell; called at the end of the outermost constructor."""
+    options = _merged_options(module)
+    options.check_combinations()
+    arguments = vars(module).get(_ARGUMENTS)
+    if isinstance(arguments, UnnamedArgument) and options.enabled and not options.persistent_module_hash:
+        warnings.warn(
+            f"argument {arguments.path!r} of {type(module).__qualname__} is an object of type "
+            f"{arguments.type_name} without a stable name, so its cache is good for this process only; give the "
+            "type a __repr__ that says its value, pass plain values, or set persistent_module_hash",
+            stacklevel=3,
+        )
 
 
 def _merged_options(module: nn.Module) -> CacheOptions:
@@ -211,22 +229,24 @@ def _cache_of_instance(module: nn.Module) -> Cache | None:
     if not enabled or vars(module).get("_is_replica"):  # DataParallel's copies live for one call
         return None
     cache = _caches.get(id(module))
-    return cache if cache is not None else _make_cache(module, _merged_options(module), type(module), None)
+    return cache if cache is not None else _make_cache(module)
 
 
-def _make_cache(module: nn.Module, options: CacheOptions, code: type, function: Callable[..., Any] | None) -> Cache:
+def _make_cache(module: nn.Module) -> Cache:
+    options = _merged_options(module)
     options.check_combinations()
+    arguments = vars(module).get(_ARGUMENTS, b"")
     with _making:
         cache = _caches.get(id(module))
         if cache is None:
             target = Target(
                 name=type(module).__qualname__,
-                code=code,
-                function=function or type(module).forward,
+                code=type(module),
+                function=type(module).forward,
                 module=weakref.ref(module),
-                arguments=vars(module).get(_ARGUMENTS, b""),
+                arguments=None if isinstance(arguments, UnnamedArgument) else arguments,
             )
-            cache = _caches[id(module)] = Cache(target, options)
+            cache = _caches[id(module)] = Cache(target, lambda: options)
             weakref.finalize(module, _caches.pop, id(module), None).atexit = False
         return cache
 
@@ -252,21 +272,46 @@ class _CachedForward:
     def __call__(self, *args: Any, **kwargs: Any) -> object:
         module = self._module()
         assert module is not None
-        function = self.__torchcache_original__ or type(module).forward.__get__(module)
         cache = self.cache(module)
+        function = self._function(module)
         return function(*args, **kwargs) if cache is None else cache.call(function, args, kwargs)
 
     def cache(self, module: nn.Module) -> Cache | None:
-        """Return the module's cache; None if it is not enabled."""
-        enabled = vars(module).get("torchcache_enabled", self._options.enabled)
-        if not enabled:
+        """Return the module's cache, which lies beside this object; None if it is not enabled."""
+        if not vars(module).get("torchcache_enabled", self._options.enabled):
+            vars(module).pop("cache_instance", None)
             return None
-        cache = _caches.get(id(module))
+        cache: Cache | None = vars(module).get("cache_instance")
         if cache is None:
-            function = self.__torchcache_original__
-            cache = _make_cache(module, self._options.with_attributes(module), type(module), function)
-            vars(module)["cache_instance"] = cache
+            cache = vars(module).setdefault("cache_instance", _InstanceCache(self))
         return cache
+
+    def describe(self) -> Target:
+        """Return what is cached; also while the module is still being copied."""
+        module = self._module()
+        assert module is not None
+        return Target(
+            name=type(module).__qualname__,
+            code=type(module),
+            function=self.__torchcache_original__ or type(module).forward,
+            module=self._module,
+        )
+
+    def merged_options(self) -> CacheOptions:
+        """Return the options with those the module's attributes set."""
+        return self._options.with_attributes(self._module())
+
+    def _function(self, module: nn.Module) -> Callable[..., Any]:
+        function: Callable[..., Any] = self.__torchcache_original__ or type(module).forward.__get__(module)
+        return function
+
+    @property
+    def __code__(self) -> types.CodeType:
+        """The original forward's code; torch.export asks for it."""
+        module = self._module()
+        assert module is not None
+        code: types.CodeType = inspect.unwrap(self._function(module)).__code__
+        return code
 
     def __getstate__(self) -> dict[str, Any]:
         return {"module": self._module(), "options": self._options, "original": self.__torchcache_original__}
@@ -275,6 +320,17 @@ class _CachedForward:
         self._module = weakref.ref(state["module"])
         self._options = state["options"]
         self.__torchcache_original__ = state["original"]
+
+
+class _InstanceCache(Cache):
+    """A cache that lies in its module's ``__dict__``: a copy of the module gets one of its own."""
+
+    def __init__(self, forward: _CachedForward) -> None:
+        super().__init__(forward.describe(), forward.merged_options)
+        self._forward = forward
+
+    def __reduce__(self) -> tuple[type[_InstanceCache], tuple[_CachedForward]]:
+        return _InstanceCache, (self._forward,)
 
 
 def _decorate_instance(module: nn.Module, options: CacheOptions) -> nn.Module:
@@ -303,7 +359,7 @@ def _decorate_function(function: types.FunctionType, options: CacheOptions) -> C
     options.check_combinations()
     if not options.enabled:
         return function
-    cache = Cache(Target(name=function.__qualname__, code=function, function=function), options)
+    cache = Cache(Target(name=function.__qualname__, code=function, function=function), lambda: options)
 
     @functools.wraps(function)
     def cached(*args: Any, **kwargs: Any) -> object:

@@ -11,6 +11,16 @@ logger = logging.getLogger("torchcache")
 DEFAULT_FORMAT = "[torchcache] - %(asctime)s - %(name)s - %(levelname)s - %(message)s"
 DEFAULT_DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 
+_said: set[tuple[str, ...]] = set()
+
+
+def warn_once(key: tuple[str, ...], message: str, *args: object) -> None:
+    """Log a warning the first time this process gives ``key``; what may happen at every call is said once."""
+    if key not in _said:
+        _said.add(key)
+        logger.warning(message, *args)
+
+
 _own_handlers: list[logging.Handler] = []
 
 

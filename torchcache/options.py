@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import math
 import os
 import re
@@ -15,11 +14,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 
 from torchcache.errors import ConfigError
+from torchcache.log import warn_once
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-logger = logging.getLogger(__name__)
 
 ATTRIBUTE_PREFIX = "torchcache_"
 
@@ -277,7 +275,8 @@ class CacheOptions:
                 argument="zstd_compression",
             )
         if self.persistent_cache_dir is not None and not self.persistent:
-            logger.warning(
+            warn_once(
+                ("ignored directory", str(self.persistent_cache_dir)),
                 "persistent_cache_dir=%s is ignored because persistent is False",
                 self.persistent_cache_dir,
             )
@@ -298,6 +297,7 @@ def _check_name(name: str, *, shown: str) -> None:
     if name in _GONE:
         raise ConfigError(f"{shown} is an option of torchcache 0.6 that is gone: {_GONE[name]}", argument=shown)
     prefix = shown[: len(shown) - len(name)]
-    nearest = difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.5)
+    containing = [option for option in OPTION_NAMES if name and name in option]
+    nearest = containing or difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.5)
     hint = f"did you mean {prefix}{nearest[0]}?" if nearest else f"the options are {', '.join(OPTION_NAMES)}"
     raise ConfigError(f"{shown} is no option of torchcache; {hint}", argument=shown)

@@ -112,6 +112,12 @@ def _sort_argument(
         return
     encoded = encode_plain(value)
     if encoded is None:
+        if isinstance(value, torch.nn.Module):
+            raise UncacheableError(
+                f"argument {name!r} is a {type(value).__qualname__}, which cannot be part of a cache key; decorate "
+                "the module's class or the module itself instead of its method or of a function that takes it",
+                argument=name,
+            )
         raise UncacheableError(
             f"argument {name!r} of type {type(value).__qualname__} cannot be part of a cache key; pass "
             f"tensors as arguments of their own, and anything else as {_PLAIN_KINDS}",

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
 
 import lmdb
 
@@ -73,19 +75,13 @@ class Environment:
         self._map_bytes = max(_LEAST_MAP_BYTES, 1 << (4 * budget - 1).bit_length())
         process.listen_to_forks(self)
 
-    @contextmanager
-    def reading(self) -> Iterator[lmdb.Transaction]:
+    def reading(self) -> _Reading:
         """Be inside one read transaction whose values are views that end with it.
 
         Raises:
             StoreError: If the environment cannot be used now.
         """
-        handles = self._enter()
-        try:
-            with _translated(self.path), _begin(handles.env) as txn:
-                yield txn
-        finally:
-            process.gate.leave()
+        return _Reading(self)
 
     @contextmanager
     def writing(self) -> Iterator[lmdb.Transaction]:
@@ -94,7 +90,7 @@ class Environment:
         Raises:
             StoreError: If it cannot be begun, or if the commit fails: nothing of it is stored then.
         """
-        handles = self._enter()
+        handles = self.enter()
         try:
             with _translated(self.path):
                 handles.env.reader_check()  # readers killed in a transaction pin pages for ever
@@ -196,7 +192,7 @@ class Environment:
 
     # -- opening ----------------------------------------------------------------------------------------------
 
-    def _enter(self) -> Handles:
+    def enter(self) -> Handles:
         """Go through the gate with open handles; the caller leaves it."""
         for _ in range(_ENTER_TRIES):
             handles = self._ready()
@@ -311,15 +307,40 @@ def shared_environment(directory: CacheDirectory, name: str, budget: int) -> Env
         return _environments[key]
 
 
-@contextmanager
-def _begin(env: lmdb.Environment) -> Iterator[lmdb.Transaction]:
-    try:
-        txn = env.begin(buffers=True)
-    except lmdb.ReadersFullError:
-        env.reader_check()  # killed readers keep their slots until somebody looks
-        txn = env.begin(buffers=True)
-    with txn:
-        yield txn
+class _Reading:
+    """A read transaction inside the gate; a class, since generators would double the cost of a single read."""
+
+    __slots__ = ("_environment", "_txn")
+
+    def __init__(self, environment: Environment) -> None:
+        self._environment = environment
+
+    def __enter__(self) -> lmdb.Transaction:
+        env = self._environment.enter().env
+        try:
+            self._txn = self._begin(env)
+        except Exception as error:  # noqa: BLE001 - what is not LMDB's or the system's is raised as it is
+            process.gate.leave()
+            _raise_translated(self._environment.path, error)
+        return self._txn
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._txn.abort()
+        finally:
+            process.gate.leave()
+        if error is not None:
+            _raise_translated(self._environment.path, error)
+
+    @staticmethod
+    def _begin(env: lmdb.Environment) -> lmdb.Transaction:
+        try:
+            return env.begin(buffers=True)
+        except lmdb.ReadersFullError:
+            env.reader_check()  # killed readers keep their slots until somebody looks
+            return env.begin(buffers=True)
 
 
 @contextmanager
@@ -327,21 +348,29 @@ def _translated(path: Path) -> Iterator[None]:
     """Turn what LMDB and the system raise into ``StoreError``."""
     try:
         yield
-    except (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.PanicError) as error:
-        raise StoreError(f"{path} is damaged: {error}", kind="damaged") from error
-    except lmdb.Error as error:
-        kind = {
-            lmdb.DiskError: "disk",
-            lmdb.MapFullError: "map_full",
-            lmdb.MapResizedError: "map_resized",
-            lmdb.ReadersFullError: "readers_full",
-            lmdb.LockError: "lmdb_lock",
-        }.get(type(error), "lmdb")
-        raise StoreError(f"{path}: {error}", kind=kind) from error
-    except (OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, StoreError):
-            raise
+    except Exception as error:  # noqa: BLE001 - what is not theirs is raised as it is
+        _raise_translated(path, error)
+
+
+_KINDS: dict[type[BaseException], str] = {
+    lmdb.CorruptedError: "damaged",
+    lmdb.InvalidError: "damaged",
+    lmdb.PageNotFoundError: "damaged",
+    lmdb.PanicError: "damaged",
+    lmdb.DiskError: "disk",
+    lmdb.MapFullError: "map_full",
+    lmdb.MapResizedError: "map_resized",
+    lmdb.ReadersFullError: "readers_full",
+    lmdb.LockError: "lmdb_lock",
+}
+
+
+def _raise_translated(path: Path, error: BaseException) -> NoReturn:
+    if isinstance(error, lmdb.Error):
+        raise StoreError(f"{path}: {error}", kind=_KINDS.get(type(error), "lmdb")) from error
+    if isinstance(error, (OSError, MemoryError, RuntimeError)) and not isinstance(error, StoreError):
         raise StoreError(f"{path}: {error}", kind="disk") from error
+    raise error
 
 
 def _check_file(path: Path) -> None:

@@ -18,11 +18,13 @@ share a place, so the later one is not stored, and the record's full digest keep
 from __future__ import annotations
 
 import logging
+import math
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 import lmdb
@@ -41,10 +43,13 @@ logger = logging.getLogger(__name__)
 #: 16 pages less LMDB's page header: a full segment wastes nothing.
 SEGMENT_BYTES = 16 * 4096 - 16
 
-_LOCATION = struct.Struct(">IHI")  # segment, offset (a record begins in the first 64 KiB), length
+#: Segment, offset, length. A record that shares its segment lies within 64 KiB; one that is longer has a
+#: segment of its own and the length 0.
+_LOCATION = struct.Struct(">IHH")
 _INDEX_DIGEST_BYTES = 8
 _NEXT_NUMBER = b"a next namespace"
 _MOST_NAMESPACES = 1 << 24
+_MOST_SEGMENTS = 1 << 31
 
 #: Segments read since the last commit whose time is remembered (for eviction="lru").
 _MOST_RECENT = 4096
@@ -307,9 +312,9 @@ class _Write:
             if key in self._index or (key not in self._doubtful and self._is_there(key)):
                 self._present += 1
                 continue
-            if size and size + len(record) > SEGMENT_BYTES:
+            if size and size + len(record) > SEGMENT_BYTES:  # also ends one with a long record in it
                 number, parts, size = number + 1, [], 0
-            self._index[key] = _LOCATION.pack(number, size, len(record))
+            self._index[key] = _LOCATION.pack(number, size, len(record) if len(record) <= SEGMENT_BYTES else 0)
             parts.append(record)
             self._segments[segment_prefix + number.to_bytes(4, "big")] = parts
             size += len(record)
@@ -372,22 +377,31 @@ def _read_records(
         try:
             _, offset, length = unpack(location)
         except struct.error:
-            offset = length = 0  # a damaged entry: an empty record fails every check
-        records.append(segment[offset : offset + length])
+            offset, length = 0, 1  # a damaged entry: a record of one byte fails every check
+        records.append(segment[offset : offset + length] if length else segment[offset:])
     return records, set(loaded)
 
 
 def _read_namespace(txn: lmdb.Transaction, fingerprint: bytes) -> Namespace | None:
     value = txn.get(b"n" + fingerprint)
-    return None if value is None else _parse_namespace(value)
+    return None if value is None else _parse_namespace(bytes(value))
 
 
-def _parse_namespace(value: bytes | memoryview) -> Namespace | None:
+@lru_cache(maxsize=1024)
+def _parse_namespace(value: bytes) -> Namespace | None:
     """Return the entry; None for one that this version cannot read, which is then as good as absent."""
     try:
-        return Namespace(*msgpack.unpackb(value, use_list=True)[: len(fields(Namespace))])
-    except (ValueError, TypeError, msgpack.exceptions.UnpackException):
-        return None
+        match msgpack.unpackb(value, max_array_len=16, max_map_len=0, max_str_len=0, max_bin_len=0, max_ext_len=0):
+            case [number, next_segment, rows, nbytes, created_at, touched_at, *_] if (
+                all(type(v) is int and v >= 0 for v in (number, next_segment, rows, nbytes))
+                and all(type(v) is float and math.isfinite(v) for v in (created_at, touched_at))
+                and number < _MOST_NAMESPACES
+                and next_segment < _MOST_SEGMENTS
+            ):
+                return Namespace(number, next_segment, rows, nbytes, created_at, touched_at)
+    except (ValueError, msgpack.exceptions.UnpackException):
+        pass
+    return None
 
 
 def _write_namespace(txn: lmdb.Transaction, fingerprint: bytes, entry: Namespace) -> None:
@@ -396,7 +410,7 @@ def _write_namespace(txn: lmdb.Transaction, fingerprint: bytes, entry: Namespace
 
 def _all_namespaces(txn: lmdb.Transaction) -> Iterator[tuple[bytes, Namespace]]:
     for key, value in _scan(txn, b"n"):
-        entry = _parse_namespace(value)
+        entry = _parse_namespace(bytes(value))
         if entry is not None:
             yield bytes(key[1:]), entry
 

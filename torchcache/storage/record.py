@@ -5,11 +5,11 @@
     offset  bytes  field
     0       1      msgpack array of 7
     1       1      format version
-    2       2+16   checksum: XXH3-128, seeded with the namespace, over everything after it
-    20      2+16   digest of the sample
-    38      1      codec: 0 raw, 1 one zstd frame
-    39      5      stored payload size, uint32
-    44      ...    structure, bin (empty: one tensor)
+    2       2+8    checksum: XXH3-64, seeded with the namespace, over everything after it
+    12      2+16   digest of the sample
+    30      1      codec: 0 raw, 1 one zstd frame
+    31      5      stored payload size, uint32
+    36      ...    structure: nil for one tensor, else bin
     ...     ...    leaves: array of [dtype, output dtype, memory format, [shape]]
     ...     ...    payload
 
@@ -24,6 +24,7 @@ executed: no pickle, no import, no path. The format is specified in docs/storage
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ import msgpack
 import numpy as np
 import zstandard
 from numpy.typing import NDArray
-from xxhash import xxh3_128_digest
+from xxhash import xxh3_64_digest
 
 from torchcache.errors import CorruptRecordError
 from torchcache.layout import DTYPE_SIZES, Bytes2D, Found, Layout, Leaf, Rows, empty_rows
@@ -51,8 +52,9 @@ MAX_DIMENSIONS = 64
 #: A zstd frame has to save at least a twentieth, or the value is stored raw.
 _WORTHWHILE = 0.95
 
-_PREFIX = bytes([0x97, FORMAT_VERSION, 0xC4, 16])
-_CHECKSUM = slice(len(_PREFIX), len(_PREFIX) + 16)
+_CHECKSUM_BYTES = 8
+_PREFIX = bytes([0x97, FORMAT_VERSION, 0xC4, _CHECKSUM_BYTES])
+_CHECKSUM = slice(len(_PREFIX), len(_PREFIX) + _CHECKSUM_BYTES)
 _CHECKED_FROM = _CHECKSUM.stop
 _DIGEST_MARK = bytes([0xC4, 16])
 _DIGEST = slice(_CHECKED_FROM + 2, _CHECKED_FROM + 18)
@@ -60,6 +62,9 @@ _CODEC = _DIGEST.stop
 _SIZE = slice(_CODEC + 1, _CODEC + 6)
 _SIZE_MARK = 0xCE
 _LAYOUT_FROM = _SIZE.stop
+
+#: How many dimensions a row has in each memory format (None: any number).
+_ROW_DIMENSIONS = (None, 3, 4)
 
 _DTYPE_NAMES = tuple(DTYPE_SIZES)
 _DTYPE_CODES = {name: code for code, name in enumerate(_DTYPE_NAMES)}
@@ -83,7 +88,7 @@ def pack_rows(namespace: bytes, rows: Rows, zstd_level: int | None) -> list[byte
         checked = b"".join(
             [_DIGEST_MARK, digest, struct.pack(">BBI", codec, _SIZE_MARK, len(payload)), described, payload]
         )
-        records.append(b"".join([_PREFIX, xxh3_128_digest(checked, seed), checked]))
+        records.append(b"".join([_PREFIX, xxh3_64_digest(checked, seed), checked]))
     return records
 
 
@@ -187,7 +192,7 @@ def _describe(layout: Layout) -> bytes:
         [_DTYPE_CODES[leaf.dtype], _DTYPE_CODES[leaf.output_dtype], leaf.memory_format, list(leaf.shape)]
         for leaf in layout.leaves
     ]
-    packed: bytes = msgpack.packb(layout.structure, use_bin_type=True) + msgpack.packb(leaves)
+    packed: bytes = msgpack.packb(layout.structure or None, use_bin_type=True) + msgpack.packb(leaves)
     return packed
 
 
@@ -219,7 +224,7 @@ def _is_sound(record: memoryview, seed: int, digest: bytes) -> bool:
         len(record) > _LAYOUT_FROM
         and record[: len(_PREFIX)] == _PREFIX
         and record[_DIGEST] == digest
-        and xxh3_128_digest(record[_CHECKED_FROM:], seed) == record[_CHECKSUM]
+        and xxh3_64_digest(record[_CHECKED_FROM:], seed) == record[_CHECKSUM]
     )
 
 
@@ -232,10 +237,10 @@ def _check_bulk(
     constant = np.ones(width, dtype=bool)
     constant[_CHECKSUM] = constant[_DIGEST] = False
     alike: NDArray[np.bool_] = (heads[:, constant] == heads[0, constant]).all(axis=1)
-    checksums = b"".join([xxh3_128_digest(record[_CHECKED_FROM:], seed) for record in records])
+    checksums = b"".join([xxh3_64_digest(record[_CHECKED_FROM:], seed) for record in records])
     is_sound = (
         alike
-        & (heads[:, _CHECKSUM] == np.frombuffer(checksums, dtype=np.uint8).reshape(-1, 16)).all(axis=1)
+        & (heads[:, _CHECKSUM] == np.frombuffer(checksums, dtype=np.uint8).reshape(-1, _CHECKSUM_BYTES)).all(axis=1)
         & (heads[:, _DIGEST] == np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16)).all(axis=1)
     )
     return alike, is_sound
@@ -270,7 +275,7 @@ def _read_header(record: memoryview, seed: int, digest: bytes) -> _Header:
     codec = record[_CODEC]
     if record[_SIZE.start] != _SIZE_MARK or int.from_bytes(record[_SIZE.start + 1 : _SIZE.stop], "big") != size:
         raise CorruptRecordError("the stored size is not the record's")
-    if codec not in (RAW, ZSTD) or (codec == RAW and size != layout.nbytes):
+    if codec not in (RAW, ZSTD) or (size != layout.nbytes if codec == RAW else not layout.nbytes):
         raise CorruptRecordError("the payload's size is not its shape's, or the codec is not known")
     return _Header(layout, codec, payload_from)
 
@@ -297,54 +302,77 @@ _last_layout: tuple[bytes, Layout | None] = (b"", None)
 
 
 def _checked_layout(structure: object, leaves: object) -> Layout:
-    if not isinstance(structure, bytes) or not isinstance(leaves, list) or not leaves:
+    if not isinstance(structure, (bytes, type(None))) or not isinstance(leaves, list) or not leaves:
         raise CorruptRecordError("the header does not describe a value")
-    checked = []
-    for leaf in leaves:
-        match leaf:
-            case [int(dtype), int(output_dtype), int(memory_format), list(shape)] if (
-                0 <= dtype < len(_DTYPE_NAMES)
-                and 0 <= output_dtype < len(_DTYPE_NAMES)
-                and 0 <= memory_format <= 2
-                and len(shape) <= MAX_DIMENSIONS
-                and all(type(size) is int and 0 <= size <= MAX_VALUE_BYTES for size in shape)
-            ):
-                checked.append(Leaf(_DTYPE_NAMES[dtype], _DTYPE_NAMES[output_dtype], tuple(shape), memory_format))
-            case _:
-                raise CorruptRecordError("the header describes no leaf this version knows")
-    layout = Layout(tuple(checked), structure)
+    layout = Layout(tuple(_checked_leaf(leaf) for leaf in leaves), structure or b"")
     if layout.nbytes > MAX_VALUE_BYTES:
         raise CorruptRecordError("the header claims more bytes than a value may have")
     return layout
 
 
+def _checked_leaf(leaf: object) -> Leaf:
+    if not isinstance(leaf, list) or len(leaf) != 4:
+        raise CorruptRecordError("the header describes no leaf this version knows")
+    dtype, output_dtype, memory_format, shape = leaf
+    dtypes = range(len(_DTYPE_NAMES))
+    if (
+        not _all_in((dtype, output_dtype), dtypes)
+        or not _all_in((memory_format,), range(len(_ROW_DIMENSIONS)))
+        or not isinstance(shape, list)
+        or len(shape) > MAX_DIMENSIONS
+        or not _all_in(shape, range(MAX_VALUE_BYTES + 1))
+        or _ROW_DIMENSIONS[memory_format] not in (None, len(shape))
+        or math.prod(size for size in shape if size) > MAX_VALUE_BYTES  # also where a 0 makes no bytes of it
+    ):
+        raise CorruptRecordError("the header describes no leaf this version knows")
+    return Leaf(_DTYPE_NAMES[dtype], _DTYPE_NAMES[output_dtype], tuple(shape), memory_format)
+
+
+def _all_in(values: Sequence[object], allowed: range) -> bool:
+    """Tell whether all values are ints (and not bools) of a range."""
+    return all(type(value) is int and value in allowed for value in values)
+
+
 def _copy_out(records: Sequence[memoryview], header: _Header) -> tuple[Bytes2D, list[int]]:
     """Copy the payloads of sound records into memory of their own; also say which could not be decoded."""
-    nbytes = header.layout.nbytes
-    data = empty_rows(len(records), nbytes)
-    if not data.size:
-        return data, []
-    flat, start = data.data.cast("B"), header.payload_from
+    nbytes, start = header.layout.nbytes, header.payload_from
     bad: list[int] = []
-    if header.codec == RAW:
-        for i, record in enumerate(records):
-            flat[i * nbytes : (i + 1) * nbytes] = record[start:]
+    if header.codec == ZSTD:
+        # Before anything is allocated: a hostile frame of 60 bytes may claim 2 GiB.
+        bad = [i for i, record in enumerate(records) if not _is_plausible(record[start:], nbytes)]
+    try:
+        data = empty_rows(len(records) if len(bad) < len(records) else 0, nbytes)
+    except MemoryError:
+        return empty_rows(0, nbytes), list(range(len(records)))
+    if not data.size:
         return data, bad
+    flat = data.data.cast("B")
     for i, record in enumerate(records):
-        try:
-            flat[i * nbytes : (i + 1) * nbytes] = _decompress(record[start:], nbytes)
-        except CorruptRecordError:
-            bad.append(i)
+        row = slice(i * nbytes, (i + 1) * nbytes)
+        if header.codec == RAW:
+            flat[row] = record[start:]
+        elif i not in bad:
+            try:
+                flat[row] = _decompress(record[start:], nbytes)
+            except CorruptRecordError:
+                bad.append(i)
     return (np.delete(data, bad, axis=0) if bad else data), bad
 
 
-def _decompress(frame: memoryview, nbytes: int) -> bytes:
+def _is_plausible(frame: memoryview, nbytes: int) -> bool:
+    """Tell whether a frame says it holds ``nbytes``, and could: 4 bytes make 128 KiB at most."""
     try:
-        # max_output_size is ignored when the frame states a size, so the statement is compared first.
-        if zstandard.frame_content_size(frame) != nbytes:
-            raise CorruptRecordError("the frame's size is not its shape's")
-        if not hasattr(_local, "decompressor"):
-            _local.decompressor = zstandard.ZstdDecompressor()
+        stated = zstandard.frame_content_size(frame)
+    except zstandard.ZstdError:
+        return False
+    return stated == nbytes and nbytes <= len(frame) << 15
+
+
+def _decompress(frame: memoryview, nbytes: int) -> bytes:
+    """Decompress a frame whose stated size was compared: max_output_size is ignored when there is one."""
+    if not hasattr(_local, "decompressor"):
+        _local.decompressor = zstandard.ZstdDecompressor()
+    try:
         plain: bytes = _local.decompressor.decompress(frame, max_output_size=nbytes, allow_extra_data=False)
     except (zstandard.ZstdError, MemoryError, ValueError) as error:
         raise CorruptRecordError("the frame cannot be decompressed") from error
