@@ -269,6 +269,8 @@ class Cache:
             else:
                 spread, missing = _spread(more, digests, missing)
                 found = found + spread
+                filled_in = sum(len(item.positions) for item in spread) - sum(len(item.positions) for item in more)
+                self._counters.add(duplicates=filled_in)
         return found, missing
 
     def _fetch(

@@ -92,9 +92,10 @@ class CallSignature:
         for key, value in kwargs.items():
             plain.pop(key, None)
             _sort_argument(key, key, value, tensors, plain)
-        n = _batch_size(tensors)
+        unsupported = next(filter(None, (unsupported_kind(argument.tensor) for argument in tensors)), None)
+        n = 0 if unsupported else _batch_size(tensors)
         tensors.sort(key=lambda argument: argument.name)
-        return Batch(args, kwargs, tensors, plain, n)
+        return Batch(args, kwargs, tensors, plain, n, unsupported)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ def _batch_size(tensors: Sequence[_TensorArgument]) -> int:
 class Batch:
     """One call, seen as ``n`` samples. The arguments stay the caller's and are not changed."""
 
-    __slots__ = ("_args", "_kwargs", "_plain", "_tensors", "n")
+    __slots__ = ("_args", "_kwargs", "_plain", "_tensors", "_unsupported", "n")
 
     def __init__(
         self,
@@ -173,11 +174,13 @@ class Batch:
         tensors: Sequence[_TensorArgument],
         plain: Mapping[str, bytes],
         n: int,
+        unsupported: str | None,
     ) -> None:
         self._args = args
         self._kwargs = kwargs
         self._tensors = tensors
         self._plain = plain
+        self._unsupported = unsupported
         self.n = n
 
     @property
@@ -187,12 +190,10 @@ class Batch:
 
     def bypass_reason(self) -> str | None:
         """Why this call cannot be cached whatever its state, or None."""
-        for argument in self._tensors:
-            reason = unsupported_kind(argument.tensor)
-            if reason:
-                return reason
-            if argument.tensor.requires_grad and torch.is_grad_enabled():
-                return "input_requires_grad"
+        if self._unsupported:
+            return self._unsupported
+        if torch.is_grad_enabled() and any(argument.tensor.requires_grad for argument in self._tensors):
+            return "input_requires_grad"
         return None
 
     def digests(self) -> list[bytes]:
@@ -327,7 +328,9 @@ def _cast(tensor: torch.Tensor, cache_dtype: torch.dtype | None) -> tuple[torch.
     if cache_dtype is None or not tensor.is_floating_point() or tensor.dtype == cache_dtype:
         return tensor, 0
     cast = tensor.to(cache_dtype)
-    lost = ~torch.isfinite(cast.to(tensor.dtype)) & torch.isfinite(tensor)
+    # Compared as float32 or wider: float8 has no isfinite.
+    wide = torch.promote_types(torch.float32, tensor.dtype) if tensor.itemsize > 1 else torch.float32
+    lost = ~torch.isfinite(cast.to(wide)) & torch.isfinite(tensor.to(wide))
     return cast, int(lost.sum())
 
 

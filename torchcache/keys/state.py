@@ -11,10 +11,11 @@ from __future__ import annotations
 import ctypes
 import marshal
 import time
+import types
 import weakref
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -46,11 +47,16 @@ _AUDIT_SHARE = 0.01
 _PROBE_BYTES = 64
 
 _NUMBERS = (int, float, complex, bool)
-_CONTAINERS = (list, dict, set, bytearray, np.ndarray)
+_CONTAINERS = (list, dict, set, deque, bytearray, np.ndarray)
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
-#: Containers with more items than this, inner ones included, are compared by identity and length at each
-#: call, and by value whenever something else moved.
+#: Objects inside objects are watched so deep.
+_WATCH_DEPTH = 4
+
+#: Containers of more items than this, inner ones included, are compared by identity and length at each call,
+#: and by value whenever something else moved. Those of plain values cost little and may be larger.
 _MANY_ITEMS = 64
+_MANY_PLAIN_ITEMS = 4096
 
 
 class StateTracker:
@@ -187,7 +193,7 @@ class _Snapshot:
         self._modules: list[nn.Module] = []
         self._tensors: list[torch.Tensor] = []
         self._known: dict[int, int] = {}  # id of a module or tensor -> its number
-        self._containers: list[tuple[str, Any, bool]] = []
+        self._containers: list[tuple[object, Callable[[object], bytes]]] = []
         entries = self._collect(root)
         self.parameters: list[torch.Tensor] = [t for t in self._tensors if isinstance(t, nn.Parameter)]
         self.tensors = [] if walk is None else self._tensors
@@ -214,7 +220,7 @@ class _Snapshot:
             return (
                 [len(d) for d in self._places.lengths] != self._lengths
                 or (values := self._read()) != self._values
-                or (self._numbers is not None and marshal.dumps(self._numbers(values), 2) != self._number_bytes)
+                or (self._numbers is not None and _dump(self._numbers(values)) != self._number_bytes)
                 or self._mark() != self.marks
                 or b"".join(self._probes) != self.probed
                 or (bool(self._containers) and self._encode_containers() != self._contained)
@@ -279,9 +285,25 @@ class _Snapshot:
         )
 
     def _encode(self, value: object, path: str) -> bytes:
-        if isinstance(value, _CONTAINERS):
-            self._containers.append((path, value, _count_items(value) > _MANY_ITEMS))
+        self._watch(value, path, depth=0)
         return encode_state(value, path, self._refer)
+
+    def _watch(self, value: object, path: str, *, depth: int) -> None:
+        """See to it that a change inside ``value`` is noticed at the next call."""
+        if isinstance(value, (nn.Module, torch.Tensor, type, *_CODE)) or depth > _WATCH_DEPTH:
+            return
+        if isinstance(value, tuple):
+            for i, item in enumerate(value):
+                self._watch(item, f"{path}[{i}]", depth=depth + 1)
+        elif isinstance(value, _CONTAINERS) or is_dataclass(value):
+            if id(value) not in self._known:
+                self._known[id(value)] = -1
+                self._containers.append((value, _way_to_compare(value, path)))
+        elif isinstance(attributes := getattr(value, "__dict__", None), dict) and id(value) not in self._known:
+            self._known[id(value)] = -1
+            self._places.whole.append(attributes)
+            for name, item in attributes.items():
+                self._watch(item, f"{path}.{name}", depth=depth + 1)
 
     def _refer(self, value: nn.Module | torch.Tensor) -> bytes:
         """Name a module or tensor by its number; one that is not yet known is from now on."""
@@ -310,13 +332,10 @@ class _Snapshot:
         if places:
             places += places[:1]  # itemgetter of one place would not return a tuple
             self._numbers = itemgetter(*places)
-            self._number_bytes = marshal.dumps(self._numbers(self._values), 2)
+            self._number_bytes = _dump(self._numbers(self._values))
 
-    def _encode_containers(self) -> bytes:
-        return digest_parts(
-            str(len(value)).encode() if is_large else encode_state(value, path, _identity)
-            for path, value, is_large in self._containers
-        )
+    def _encode_containers(self) -> list[bytes]:
+        return [way(value) for value, way in self._containers]
 
     def _mark(self) -> list[tuple[int, int]]:
         return [
@@ -325,17 +344,39 @@ class _Snapshot:
         ]
 
 
-def _count_items(value: object) -> int:
+def _way_to_compare(value: object, path: str) -> Callable[[object], bytes]:
+    """Return what turns a container into bytes that differ when it has changed, quickly where possible."""
+    items = _count_items(value, _MANY_PLAIN_ITEMS)
+    if items <= _MANY_PLAIN_ITEMS and isinstance(value, (list, dict, set)):
+        try:
+            _dump(value)
+        except ValueError:
+            pass
+        else:
+            return _dump
+    if items <= _MANY_ITEMS:
+        return lambda value: encode_state(value, path, _identity)
+    return lambda value: str(len(value) if isinstance(value, Sized) else 0).encode()
+
+
+def _dump(value: object) -> bytes:
+    """Return plain values as bytes, types and all; raises ValueError for anything else."""
+    return marshal.dumps(value, 2)
+
+
+def _count_items(value: object, most: int) -> int:
     """Count the items of a container and of those in it, up to where it no longer matters."""
     if isinstance(value, np.ndarray):
         return value.nbytes // 64
-    if not isinstance(value, (list, dict, set, tuple)):
+    if is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, f.name, None) for f in fields(value)]
+    if not isinstance(value, (list, dict, set, tuple, deque)):
         return 1
     total = len(value)
     for item in value.values() if isinstance(value, dict) else value:
-        if total > _MANY_ITEMS:
+        if total > most:
             break
-        total += _count_items(item)
+        total += _count_items(item, most)
     return total
 
 

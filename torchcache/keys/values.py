@@ -14,6 +14,7 @@ import pathlib
 import re
 import struct
 import types
+from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, time, timedelta
 from typing import Any
@@ -148,8 +149,8 @@ class _Encoder:
             return digest_parts(
                 [b"array", str(array.dtype).encode(), str(array.shape).encode(), digest_bytes(array.tobytes())]
             )
-        if isinstance(value, (tuple, list)):
-            return self._items(name, value, path)
+        if isinstance(value, (tuple, list, deque)):
+            return self._items(name, list(value), path)
         if isinstance(value, (set, frozenset)):
             return digest_parts([name, *sorted(self.encode(item, f"{path}{{}}") for item in value)])
         if isinstance(value, Mapping):
@@ -174,10 +175,12 @@ class _Encoder:
         for base in _PLAIN_BASES:
             if isinstance(value, base):
                 return digest_parts([name, encode_plain(base(value)) or b""])
+        if self._unnamed is not None and (attributes := self._unnamed(value)) is not None:
+            return digest_parts([b"object", name, self.encode(attributes, path)])
         if type(value).__repr__ is object.__repr__ or " at 0x" in (shown := repr(value)):
             if self._unnamed is None:
                 raise UnnamedValueError(path, value)
-            return digest_parts([b"object", name, self.encode(self._unnamed(value), path)])
+            return digest_parts([b"object", name])
         return digest_parts([b"repr", name, shown.encode()])
 
     def _items(self, name: bytes, values: tuple[Any, ...] | list[Any], path: str) -> bytes:
