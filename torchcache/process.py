@@ -15,6 +15,7 @@ This module does not import torch.
 from __future__ import annotations
 
 import atexit
+import functools
 import logging  # noqa: F401 - registers its own fork hooks before ours, so that ours run first
 import multiprocessing
 import os
@@ -157,7 +158,8 @@ _listeners: weakref.WeakSet[ForkListener] = weakref.WeakSet()
 _one_fork = threading.RLock()
 _taken: dict[ForkLock, bool] = {}
 _is_clean = True
-_exit_callbacks: dict[Callable[[], None], int] = {}
+_exit_callbacks: dict[Callable[[], None], bool] = {}
+_exit_pid = 0
 
 
 def listen_to_forks(listener: ForkListener) -> None:
@@ -165,23 +167,33 @@ def listen_to_forks(listener: ForkListener) -> None:
     _listeners.add(listener)
 
 
-def at_exit(callback: Callable[[], None]) -> None:
+def at_exit(callback: Callable[[], None], *, last: bool = False) -> None:
     """Call ``callback`` once when this process ends in an orderly way; bounded by the callback itself.
 
     A forked child does not inherit it: what the parent registered is the parent's to do.
+
+    Args:
+        callback: What to call.
+        last: Call it after those that are not last, whoever registered first.
     """
+    global _exit_pid  # noqa: PLW0603 - atexit is inherited through a fork, so who registered has to be known
     pid = os.getpid()
-    if _exit_callbacks.get(callback) == pid:
+    if _exit_pid != pid:
+        _exit_pid = pid
+        _exit_callbacks.clear()
+        run = functools.partial(_run_exit_callbacks, pid)
+        atexit.register(run)
+        if is_child():
+            multiprocessing_util.Finalize(None, run, exitpriority=_EXIT_PRIORITY)
+    _exit_callbacks[callback] = last
+
+
+def _run_exit_callbacks(pid: int) -> None:
+    if os.getpid() != pid or _exit_pid != pid:
         return
-    _exit_callbacks[callback] = pid
-
-    def run() -> None:
-        if os.getpid() == pid and _exit_callbacks.pop(callback, None) == pid:
+    for callback in sorted(_exit_callbacks, key=_exit_callbacks.__getitem__):
+        if _exit_callbacks.pop(callback, None) is not None:
             callback()
-
-    atexit.register(run)
-    if is_child():
-        multiprocessing_util.Finalize(None, run, exitpriority=_EXIT_PRIORITY)
 
 
 def _weak_callback(callback: Callable[[], None]) -> Callable[[], Callable[[], None] | None]:

@@ -210,10 +210,13 @@ class LmdbStore:
     # -- making room --------------------------------------------------------------------------------------------
 
     def _make_room(self, needed_bytes: int, keep: set[bytes]) -> bool:
-        """Evict by the settings' policy; return whether anything was evicted."""
+        """Empty the trash, or evict by the settings' policy; return whether there is more room now."""
+        before = self._directory.used_bytes()
+        self._directory.empty_trash()
+        if self._directory.measure() < before:
+            return True
         if self._settings.eviction == "none":
             return False
-        self._directory.empty_trash()
         if budget.remove_stale_environments(self._directory, self._environment.name, needed_bytes, self._budget):
             return True
         if self._settings.eviction == "stale":

@@ -59,7 +59,7 @@ def temporary_directory() -> Path:
             raise StoreError(f"no temporary directory can be made: {error}", kind="directory") from error
         _directory = path
         os.environ[_VARIABLE] = str(path)
-        process.at_exit(_remove_own)
+        process.at_exit(_remove_own, last=True)
         return path
 
 
