@@ -480,7 +480,7 @@ class Cache:
         for reason, amount in written.dropped.items():
             self._counters.add_to("dropped_rows", reason, amount)
 
-    def on_fault(self, error: Exception, rows: int) -> None:
+    def on_fault(self, error: BaseException, rows: int) -> None:
         """Count a fault that became a miss, or rows that were not stored; called by the writer too."""
         kind = error.kind if isinstance(error, StoreError) else type(error).__name__
         if rows:

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 #: A commit's payload is at most this share of the budget; the reserve is room for two.
 COMMIT_SHARE = 32
+MOST_COMMIT_ROWS = 4096
+_LEAST_COMMIT_ROWS = 16
 _RESERVE_SHARE = 16
 
 STALE_SECONDS = 3600.0
@@ -28,7 +30,6 @@ STALE_SECONDS = 3600.0
 #: Freed pages are used again two transactions later and only in runs that are long enough, so this many
 #: times what is needed has to be free before the reserve is touched.
 FREE_FACTOR = 3
-SEGMENTS_A_SLICE = 16
 
 #: A full store is asked again after this time.
 _REST_SECONDS = 10.0
@@ -40,7 +41,6 @@ _LARGEST_ENTRY = 8 + 2 + 17 + 80
 #: A page that was split is half full, so it splits again after so many bytes of new nodes.
 _SPLIT_BYTES = (_PAGE - _PAGE_HEADER) // 2 - 64
 _SPARE_PAGES = 16
-_MOST_ROWS_A_SEGMENT = 1024  # records of empty values are about this small
 
 
 class Budget:
@@ -69,9 +69,9 @@ class Budget:
         """Tell whether something new of at most ``nbytes`` fits."""
         return self._directory.used_bytes() + nbytes <= self._limit - self._reserve()
 
-    def allows_deletion(self, growth_bytes: int) -> bool:
-        """Tell whether a deletion fits; it may use the reserve."""
-        return self._directory.used_bytes() + growth_bytes <= self._limit
+    def room_bytes(self) -> int:
+        """Return how much a deletion may grow the file: it may use the reserve."""
+        return max(0, self._limit - self._directory.used_bytes())
 
     def slack_bytes(self) -> int:
         """Return how much to free at a time: a thirty-second of the budget."""
@@ -105,6 +105,11 @@ class Budget:
         return self._limit // _RESERVE_SHARE
 
 
+def commit_rows(limit_bytes: int) -> int:
+    """Return how many rows one commit may have: each copies and splits a page of the index at worst."""
+    return max(_LEAST_COMMIT_ROWS, min(MOST_COMMIT_ROWS, limit_bytes // (COMMIT_SHARE * 2 * _PAGE)))
+
+
 def growth_bytes(txn: lmdb.Transaction, segment_sizes: Sequence[int], entries: int) -> int:
     """Return a strict bound of the file's growth by putting segments and so many small entries.
 
@@ -119,12 +124,17 @@ def growth_bytes(txn: lmdb.Transaction, segment_sizes: Sequence[int], entries: i
     return pages * _PAGE
 
 
-def deletion_bytes(txn: lmdb.Transaction) -> int:
-    """Return a bound of the file's growth by deleting one slice of segments with their index entries."""
+def deletable_rows(txn: lmdb.Transaction, room_bytes: int) -> int:
+    """Return how many rows may be deleted in one transaction that may grow the file by ``room_bytes``."""
     stat = _stat(txn)
-    rows = SEGMENTS_A_SLICE * _MOST_ROWS_A_SEGMENT
-    pages = _tree_pages(stat, min(rows, stat["entries"]), 0)
-    return (pages + 2 * math.ceil(8 * pages / _PAGE) + _SPARE_PAGES) * _PAGE
+    rows = MOST_COMMIT_ROWS
+    while rows:
+        # Each deletion copies a leaf and may merge it with a neighbour.
+        pages = 2 * min(rows, stat["leaf_pages"]) + min(rows * stat["depth"], stat["branch_pages"])
+        if (pages + 2 * math.ceil(8 * pages / _PAGE) + _SPARE_PAGES) * _PAGE <= room_bytes:
+            return rows
+        rows //= 2
+    return 0
 
 
 def free_bytes(txn: lmdb.Transaction, last_page: int) -> int:

@@ -31,7 +31,10 @@ class Packed:
     namespace: bytes
     digests: Sequence[bytes]
     records: Sequence[bytes]
-    nbytes: int
+
+    def between(self, start: int, stop: int) -> Packed:
+        """Return the rows from ``start`` to before ``stop``."""
+        return Packed(self.namespace, self.digests[start:stop], self.records[start:stop])
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class Store(Protocol):
         """Encode and compress rows; takes no lock at all."""
 
     def put_many(self, packed: Sequence[Packed]) -> Written:
-        """Commit the records of all of ``packed`` in one transaction, within the budget.
+        """Commit the records of all of ``packed``, in transactions that are small against the budget.
 
         What is already there stays. Waits for other processes at most ``lock_timeout_seconds``.
         """

@@ -34,6 +34,8 @@ _LEAST_MAP_BYTES = 64 << 30
 _SMALLEST_MAP_BYTES = 64 << 20
 _RETRY_SECONDS = 1.0
 _INODE_CHECK_SECONDS = 1.0
+#: A damaged environment gets this suffix; one such is kept.
+_SET_ASIDE = "damaged"
 _ENTER_TRIES = 8
 _MOST_READERS = 4096
 _READER_BYTES = 64
@@ -131,13 +133,18 @@ class Environment:
         with _translated(self.path):
             if os.path.lexists(self.path):
                 self.close()
-                self.directory.set_aside(self.name, "damaged")
-        if not allow(self._creation_bytes()):
-            return False
+                self.directory.set_aside(self.name, _SET_ASIDE)
+        if not allow(self.creation_bytes()):
+            # What nobody can read must not keep the budget full.
+            self.directory.remove(f"{self.name}.{_SET_ASIDE}")
+            self.directory.measure()
+            if not allow(self.creation_bytes()):
+                return False
         self._create()
         return True
 
-    def _creation_bytes(self) -> int:
+    def creation_bytes(self) -> int:
+        """Return a bound of the bytes that a new environment takes."""
         return _LOCK_HEADER_BYTES + self._readers() * _READER_BYTES + _NEW_ENVIRONMENT_BYTES
 
     def _create(self) -> None:
@@ -154,6 +161,7 @@ class Environment:
             finally:
                 env.close()
             os.rename(unfinished, self.path)
+        self._failure, self._retry_at = None, 0.0
 
     def _exists(self) -> bool:
         return (self.path / "data.mdb").exists()
@@ -287,13 +295,24 @@ class Environment:
         return max(126, min(_MOST_READERS, self._budget // (64 * _READER_BYTES)))
 
     def _allocate_lock_file(self, path: Path) -> None:
-        """Allocate lock.mdb: LMDB maps it, and on a full disk that would be a SIGBUS."""
-        try:
-            descriptor = os.open(path / "lock.mdb", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_EXCL, 0o600)
-        except FileExistsError:
+        """Allocate lock.mdb in full: LMDB maps it, and on a full disk that would be a SIGBUS.
+
+        Only while this process has the environment closed: closing a descriptor of lock.mdb gives up all
+        locks that LMDB holds on it.
+        """
+        name = path / "lock.mdb"
+        size = _LOCK_HEADER_BYTES + self._readers() * _READER_BYTES
+        _check_file(name)
+        is_new = not name.exists()
+        if not is_new and name.stat().st_size >= size:
             return
+        descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
-            os.posix_fallocate(descriptor, 0, _LOCK_HEADER_BYTES + self._readers() * _READER_BYTES)
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError:
+            if is_new:
+                name.unlink(missing_ok=True)
+            raise
         finally:
             os.close(descriptor)
 

@@ -21,6 +21,7 @@ import logging
 import math
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
@@ -54,9 +55,12 @@ _MOST_SEGMENTS = 1 << 31
 #: Segments read since the last commit whose time is remembered (for eviction="lru").
 _MOST_RECENT = 4096
 
-#: How many bytes and rows one commit may have at most, whatever the budget.
+#: How many bytes one commit may have at most, whatever the budget.
 _MOST_COMMIT_BYTES = 32 << 20
-MOST_COMMIT_ROWS = 4096
+
+#: How often room is made for one commit before it is dropped: freed pages can be used two transactions later
+#: only, and only in runs that are long enough.
+_MOST_ROUNDS = 6
 
 #: A namespace that is read is marked as used this often, so that others can tell stale from used.
 _TOUCH_SECONDS = 600.0
@@ -156,30 +160,56 @@ class LmdbStore:
                 entry = _read_namespace(txn, namespace)
                 if entry is not None and now - entry.touched_at > _TOUCH_SECONDS / 2:
                     recent, self._recent = self._recent, {}
-                    _put_sorted(txn, recent)
+                    _put_sorted(txn, _of_live_segments(txn, recent))
                     _write_namespace(txn, namespace, replace(entry, touched_at=now))
 
     def pack(self, namespace: bytes, rows: Rows) -> Packed:
         if rows.layout.nbytes > MAX_VALUE_BYTES:
-            return Packed(namespace, (), (), 0)
+            return Packed(namespace, (), ())
         records = pack_rows(namespace, rows, self._settings.zstd_level)
-        return Packed(namespace, rows.digests, records, sum(map(len, records)))
+        return Packed(namespace, rows.digests, records)
 
     def put_many(self, packed: Sequence[Packed], cancel: Callable[[], bool] | None = None) -> Written:
         with self._turn(cancel):
             self._directory.measure()
-            if not self._environment.ensure(self._budget.allows_new):
+            if not self._ensure_environment():
                 self._budget.rest(self._settings.eviction)
                 return Written(dropped={"budget": sum(len(p.digests) for p in packed)})
             if not self._environment.is_current():
                 self._environment.close()
+            rows = budget.commit_rows(self._settings.budget_bytes)
+            done = [self._commit(part) for part in _cut(packed, rows, self.most_commit_bytes)]
+        dropped = sum(written.dropped.get("budget", 0) for written in done)
+        return Written(
+            rows=sum(written.rows for written in done),
+            nbytes=sum(written.nbytes for written in done),
+            dropped={"budget": dropped} if dropped else {},
+        )
+
+    def _commit(self, packed: Sequence[Packed]) -> Written:
+        """Commit one transaction's worth, making room for it where the policy allows that."""
+        keep = {item.namespace for item in packed}
+        written = Written()
+        for attempt in range(_MOST_ROUNDS):
+            self._directory.measure()
             recent, self._recent = self._recent, {}
             written, growth = self._try_commit(packed, recent)
-            if growth and self._make_room(growth, keep={p.namespace for p in packed}):
-                written, growth = self._try_commit(packed, recent)
-            if growth:
-                self._budget.rest(self._settings.eviction)
-            return written
+            if not growth:
+                return written
+            self._recent.update(recent)
+            if not self._make_room(growth << attempt, keep):
+                break
+        self._budget.rest(self._settings.eviction)
+        return written
+
+    def _ensure_environment(self) -> bool:
+        """Make the environment if it is not there, and room for it where the policy allows that."""
+        for _ in range(_MOST_ROUNDS):
+            if self._environment.ensure(self._budget.allows_new):
+                return True
+            if not self._make_room_outside(self._environment.creation_bytes()):
+                return False
+        return False
 
     def _try_commit(self, packed: Sequence[Packed], recent: Mapping[bytes, bytes]) -> tuple[Written, int]:
         """Commit if the budget allows it; otherwise say what was dropped and how much room it needs."""
@@ -197,6 +227,8 @@ class LmdbStore:
             self._environment.close()
             self._directory.remove(self._environment.name)
             self._directory.measure()
+        self._doubtful.clear()
+        self._recent.clear()
         self._budget.wake()
 
     def close(self) -> None:
@@ -211,17 +243,23 @@ class LmdbStore:
 
     def _make_room(self, needed_bytes: int, keep: set[bytes]) -> bool:
         """Empty the trash, or evict by the settings' policy; return whether there is more room now."""
+        if self._make_room_outside(needed_bytes):
+            return True
+        if self._settings.eviction == "none":
+            return False
+        if self._settings.eviction == "stale":
+            return self._delete_slices(self._stale_segments(keep), needed_bytes)
+        return self._delete_slices(self._oldest_segments(), max(needed_bytes, self._budget.slack_bytes()))
+
+    def _make_room_outside(self, needed_bytes: int) -> bool:
+        """Empty the trash, or remove other environments that nobody uses; return whether there is more room."""
         before = self._directory.used_bytes()
         self._directory.empty_trash()
         if self._directory.measure() < before:
             return True
-        if self._settings.eviction == "none":
-            return False
-        if budget.remove_stale_environments(self._directory, self._environment.name, needed_bytes, self._budget):
-            return True
-        if self._settings.eviction == "stale":
-            return self._delete_slices(self._stale_segments(keep), needed_bytes)
-        return self._delete_slices(self._oldest_segments(), max(needed_bytes, self._budget.slack_bytes()))
+        return self._settings.eviction != "none" and budget.remove_stale_environments(
+            self._directory, self._environment.name, needed_bytes, self._budget
+        )
 
     def _stale_segments(self, keep: set[bytes]) -> list[bytes]:
         """Return the segments of namespaces nobody touched for an hour, oldest first."""
@@ -244,24 +282,40 @@ class LmdbStore:
 
     def _delete_slices(self, segments: Sequence[bytes], needed_bytes: int) -> bool:
         """Delete segments, a small transaction at a time, until enough pages are free."""
-        deleted, rows, waiting = 0, 0, list(segments)
+        waiting = deque(segments)
+        rows = 0
         while waiting:
             with self._environment.writing() as txn:
-                free = budget.free_bytes(txn, self._environment.last_page())
-                growth = budget.deletion_bytes(txn)
-                if free >= budget.FREE_FACTOR * needed_bytes or not self._budget.allows_deletion(growth):
+                is_enough = budget.free_bytes(txn, self._environment.last_page()) >= budget.FREE_FACTOR * needed_bytes
+                most = 0 if is_enough and rows else budget.deletable_rows(txn, self._budget.room_bytes())
+                if not most:
                     txn.abort()
                     break
-                part, waiting = waiting[: budget.SEGMENTS_A_SLICE], waiting[budget.SEGMENTS_A_SLICE :]
-                rows += _delete_segments(txn, part)
-                deleted += len(part)
+                rows += _delete_rows(txn, waiting, most)
             self._directory.measure()
-        if deleted:
+        if rows:
             logger.info(
                 "the cache under %s is full; %d rows of %s were evicted (eviction=%r)",
                 self._directory.path, rows, self._environment.name, self._settings.eviction,
             )  # fmt: skip
-        return deleted > 0
+        return rows > 0
+
+
+def _cut(packed: Sequence[Packed], most_rows: int, most_bytes: int) -> Iterator[list[Packed]]:
+    """Cut packed rows into commits of at most so many rows and bytes, one row at least in each."""
+    part: list[Packed] = []
+    rows = nbytes = 0
+    for item in packed:
+        start = 0
+        for i, record in enumerate(item.records):
+            if rows and (rows == most_rows or nbytes + len(record) > most_bytes):
+                yield [*part, item.between(start, i)]
+                part, start, rows, nbytes = [], i, 0, 0
+            rows += 1
+            nbytes += len(record)
+        part.append(item.between(start, len(item.records)))
+    if rows:
+        yield part
 
 
 class _Write:
@@ -299,7 +353,7 @@ class _Write:
         for key, parts in self._segments.items():
             self._txn.put(key, b"".join(parts))
         used = dict.fromkeys((b"r" + key[1:] for key in self._segments), _now())
-        _put_sorted(self._txn, {**self._index, **self._recent, **used})
+        _put_sorted(self._txn, {**self._index, **_of_live_segments(self._txn, self._recent), **used})
         for fingerprint, entry in self._namespaces.items():
             _write_namespace(self._txn, fingerprint, entry)
         self._doubtful.difference_update(self._index)
@@ -428,32 +482,45 @@ def _scan(txn: lmdb.Transaction, kind: bytes) -> Iterator[tuple[bytes | memoryvi
                 yield key, value
 
 
+def _of_live_segments(txn: lmdb.Transaction, recent: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
+    """Return the marks of use of segments that are still there."""
+    return {key: when for key, when in recent.items() if txn.get(b"s" + key[1:]) is not None}
+
+
 def _put_sorted(txn: lmdb.Transaction, items: Mapping[bytes, bytes]) -> None:
     if items:
         with txn.cursor() as cursor:
             cursor.putmulti(sorted(items.items()))
 
 
-def _delete_segments(txn: lmdb.Transaction, keys: Sequence[bytes]) -> int:
-    """Delete segments with the index entries that point into them; return how many rows that were."""
-    rows = 0
+def _delete_rows(txn: lmdb.Transaction, segments: deque[bytes], most: int) -> int:
+    """Delete up to ``most`` rows of the first segments, and each segment that has none left.
+
+    Segments that are done with are taken off the queue; returns how many rows were deleted.
+    """
     per_namespace: dict[bytes, list[int]] = {}
-    for key in keys:
-        segment = txn.get(key)
-        if segment is None:
-            continue
+    rows = 0
+    while segments and rows < most:
+        key = segments[0]
         prefix, number = b"i" + key[1:4], key[4:]
         counted = per_namespace.setdefault(key[1:4], [0, 0])
-        for record in _walk_records(bytes(segment)):
+        is_done = True
+        for record in _walk_records(bytes(txn.get(key, b""))):
             entry = prefix + digest_of(record)[:_INDEX_DIGEST_BYTES]
             location = txn.get(entry)
-            if location is not None and bytes(location[:4]) == number:
-                txn.delete(entry)
-                counted[0] += 1
-                counted[1] += len(record)
-                rows += 1
-        txn.delete(key)
-        txn.delete(b"r" + key[1:])
+            if location is None or bytes(location[:4]) != number:
+                continue
+            if rows == most:
+                is_done = False
+                break
+            txn.delete(entry)
+            counted[0] += 1
+            counted[1] += len(record)
+            rows += 1
+        if is_done:
+            txn.delete(key)
+            txn.delete(b"r" + key[1:])
+            segments.popleft()
     for fingerprint, namespace in list(_all_namespaces(txn)):
         gone = per_namespace.get(namespace.number.to_bytes(3, "big"))
         if gone is None:

@@ -19,9 +19,9 @@ from typing import Protocol
 from torchcache import process
 from torchcache.errors import StoreError
 from torchcache.layout import Found, Layout, Rows, empty_rows
+from torchcache.storage.budget import MOST_COMMIT_ROWS
 from torchcache.storage.contract import Packed, Written
 from torchcache.storage.directory import TurnCancelledError
-from torchcache.storage.lmdb import MOST_COMMIT_ROWS
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +51,7 @@ class WriteObserver(Protocol):
     """Who is told what became of rows; called on the writer's thread, must not block."""
 
     def on_written(self, written: Written) -> None: ...
-    def on_fault(self, error: Exception, rows: int) -> None: ...
+    def on_fault(self, error: BaseException, rows: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -282,18 +282,19 @@ class Writer:
                         self._thread = None  # under the lock: a put after this starts another
                     return
                 batch = self._under_way = self._take_batch()
+            done: Sequence[_Job] = batch
             try:
                 self._commit(batch)
             except TurnCancelledError:
+                done = ()
+            finally:
                 with self._changed:
-                    self._waiting.extendleft(reversed(batch))
+                    if not done:
+                        self._waiting.extendleft(reversed(batch))
                     self._under_way = []
-                continue
-            with self._changed:
-                self._under_way = []
-                for job in batch:
-                    self._forget(job)
-                self._changed.notify_all()
+                    for job in done:
+                        self._forget(job)
+                    self._changed.notify_all()
 
     def _take_batch(self) -> list[_Job]:
         """Take the first jobs that are for one store and together make a commit of its size."""
@@ -309,25 +310,32 @@ class Writer:
 
     def _commit(self, batch: list[_Job]) -> None:
         store, observer = batch[0].store, batch[0].observer
-        n = sum(job.n for job in batch)
+        left = sum(job.n for job in batch)
         try:
-            if n and store.is_full():
-                observer.on_written(Written(dropped={"budget": n}))
+            if left and store.is_full():
+                observer.on_written(Written(dropped={"budget": left}))
                 return
             packed: list[Packed] = []
             for job in batch:
                 if job.rows is None:
                     store.touch(job.namespace, self._cancels)
-                else:
-                    packed += [store.pack(job.namespace, part) for part in _parts(job.rows, store.most_commit_bytes)]
-            for commit in _group(packed, store.most_commit_bytes):
-                observer.on_written(store.put_many(commit, self._cancels))
+                    continue
+                for part in _parts(job.rows, store.most_commit_bytes):
+                    if packed and job.nbytes > store.most_commit_bytes:  # one large job: not packed as a whole
+                        observer.on_written(store.put_many(packed, self._cancels))
+                        left -= sum(len(item.digests) for item in packed)
+                        packed = []
+                    packed.append(store.pack(job.namespace, part))
+            if packed:
+                observer.on_written(store.put_many(packed, self._cancels))
         except TurnCancelledError:
             raise
-        except Exception as error:
+        except BaseException as error:  # whatever it is, it costs these rows
+            observer.on_fault(error, left)
+            if not isinstance(error, Exception):
+                raise
             if not isinstance(error, StoreError):
                 logger.exception("a write failed in an unexpected way")
-            observer.on_fault(error, n)
 
     def _cancels(self) -> bool:
         return self._is_parked
@@ -350,19 +358,6 @@ def _parts(rows: Rows, most_bytes: int) -> list[Rows]:
         Rows(rows.digests[i : i + step], rows.layout, rows.data[i : i + step])
         for i in range(0, len(rows.digests), step)
     ]
-
-
-def _group(packed: Sequence[Packed], most_bytes: int) -> list[list[Packed]]:
-    """Group packed rows into commits of at most ``most_bytes``, one at least in each."""
-    groups: list[list[Packed]] = []
-    size = 0
-    for item in packed:
-        if not groups or size + item.nbytes > most_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(item)
-        size += item.nbytes
-    return groups
 
 
 writer = Writer()
