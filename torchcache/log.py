@@ -46,8 +46,8 @@ def set_logger_config(
         filename: A file that gets the lines as well, opened in append mode.
 
     Raises:
-        ValueError: If ``level`` is not a level. A wrong TORCHCACHE_LOG_LEVEL never raises, it is
-            said in the log and counts as WARNING.
+        ValueError: If ``level`` or ``fmt`` is wrong. A wrong variable of the environment never raises: it is
+            said in the log, and the default is in force.
     """
     given = level if level is not None else os.environ.get("TORCHCACHE_LOG_LEVEL")
     unknown_level = None
@@ -58,10 +58,15 @@ def set_logger_config(
             raise
         number, unknown_level = logging.WARNING, given
 
-    formatter = logging.Formatter(
-        fmt or os.environ.get("TORCHCACHE_LOG_FMT") or DEFAULT_FORMAT,
-        datefmt or os.environ.get("TORCHCACHE_LOG_DATEFMT") or DEFAULT_DATE_FORMAT,
-    )
+    line, time = fmt or os.environ.get("TORCHCACHE_LOG_FMT") or DEFAULT_FORMAT, datefmt
+    time = time or os.environ.get("TORCHCACHE_LOG_DATEFMT") or DEFAULT_DATE_FORMAT
+    format_error = None
+    try:
+        formatter = logging.Formatter(line, time)
+    except ValueError as error:
+        if fmt:
+            raise
+        formatter, format_error = logging.Formatter(DEFAULT_FORMAT, time), error
     handlers: list[logging.Handler] = [logging.StreamHandler(stream)]
     path = filename or os.environ.get("TORCHCACHE_LOG_FILE")
     file_error = None
@@ -83,6 +88,8 @@ def set_logger_config(
             "TORCHCACHE_LOG_LEVEL=%s is no level; use DEBUG, INFO, WARNING, ERROR or CRITICAL. WARNING is in force.",
             unknown_level,
         )
+    if format_error is not None:
+        logger.warning("TORCHCACHE_LOG_FMT is no format (%s); the default is in force", format_error)
     if file_error is not None:
         logger.warning("the log file %s cannot be opened (%s); logging goes on without it", path, file_error)
 

@@ -6,7 +6,6 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +81,7 @@ class Counters:
     def values(self) -> dict[str, int | Mapping[str, int]]:
         """Return copies of all counters, by the names of ``CacheStats``."""
         with self._lock:
-            grouped = {name: MappingProxyType(dict(c)) for name, c in self._grouped.items()}
+            grouped = {name: dict(counts) for name, counts in self._grouped.items()}
             return {**self._plain, **grouped}
 
     def reset_lock(self) -> None:

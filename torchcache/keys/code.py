@@ -46,18 +46,19 @@ _SKIPPED_CLASS_ATTRIBUTES = frozenset({
     "__slotnames__", "__classcell__", "__new__torchcache__", "cache_instance",
 })  # fmt: skip
 
-#: Methods that change their container; a name they are called on is not part of the key.
+#: Methods that change the list, dict, set or deque they are called on.
 _MUTATORS = frozenset({
     "append", "appendleft", "extend", "extendleft", "insert", "add", "update", "pop", "popleft", "popitem",
     "remove", "discard", "clear", "setdefault", "sort", "reverse", "subtract", "put", "write",
-    "difference_update", "intersection_update", "symmetric_difference_update", "__setitem__", "fill_",
-    "add_", "copy_", "zero_",
+    "difference_update", "intersection_update", "symmetric_difference_update", "__setitem__",
 })  # fmt: skip
+
+#: Functions in a table of up to so many items are walked.
+_MOST_TABLE_ITEMS = 64
 
 _LOADS_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 _LOADS_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 _LOADS_CELL = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"})
-_STORES_SUBSCRIPT = frozenset({"STORE_SUBSCR", "DELETE_SUBSCR", "STORE_SLICE"})
 
 #: Distributions whose code never counts: their versions are said by others (torch by the user's own
 #: care, Python by its minor version), and a patch release must not start every cache afresh.
@@ -90,20 +91,36 @@ MISSING = object()
 
 
 @dataclass(slots=True)
+class Writes:
+    """What a piece of code changes: by assignment (exact), and in place (by the form of the statement)."""
+
+    assigned_attributes: set[str] = field(default_factory=set)
+    assigned_names: set[str] = field(default_factory=set)
+    changed_attributes: set[str] = field(default_factory=set)
+    changed_names: set[str] = field(default_factory=set)
+
+    def note_change(self, origin: _Origin) -> None:
+        """Note that the object that came from ``origin`` is changed in place."""
+        kind, name = origin
+        if kind == "attribute":
+            self.changed_attributes.add(name)
+        elif kind == "name":
+            self.changed_names.add(name)
+
+
+@dataclass(slots=True)
 class CodeWalk:
     """What a walk found.
 
     Attributes:
         fingerprint: Digest of all code reached.
         names: Globals and closure cells with values that are neither code nor modules.
-        written_attributes: Names of attributes the walked code assigns or changes in place.
-        written_names: Labels of globals and cells it assigns or changes in place.
+        writes: What the code that runs changes itself: that is no part of the key.
     """
 
     fingerprint: bytes = b""
     names: list[Name] = field(default_factory=list)
-    written_attributes: set[str] = field(default_factory=set)
-    written_names: set[str] = field(default_factory=set)
+    writes: Writes = field(default_factory=Writes)
 
 
 def walk_code(target: type | Callable[..., object], parts: Iterable[type] = (), *, entry: str = "forward") -> CodeWalk:
@@ -222,8 +239,15 @@ class _Walk:
         value = name.read()
         if value is MISSING or name.key == "__class__":
             return
-        if not self.visit(value, name.key):
-            self._found.names.append(name)
+        if self.visit(value, name.key):
+            return
+        self._found.names.append(name)
+        if isinstance(getattr(type(value), "forward", None), types.FunctionType) and hasattr(value, "modules"):
+            for module in value.modules():  # a torch module that the code uses
+                self.visit_class(type(module))
+        elif isinstance(value, (list, tuple, dict)) and len(value) <= _MOST_TABLE_ITEMS:
+            for item in value.values() if isinstance(value, dict) else value:
+                self.visit(item, name.key)
 
     # -- what the code changes itself -----------------------------------------------------------------
 
@@ -253,16 +277,15 @@ class _Walk:
                 known |= reached
 
     def _note_writes(self, function: types.FunctionType) -> None:
-        for code in _all_codes(function.__code__):
-            attributes, names = _written_in(code)
-            self._found.written_attributes |= attributes
-            self._found.written_names |= names
-            self._found.written_names |= {f"{function.__name__}.{name}" for name in names}
+        code = function.__code__
+        self_name = code.co_varnames[0] if code.co_argcount and "." in function.__qualname__ else ""
+        for inner in _all_codes(code):
+            _note_writes_in(inner, self_name, self._found.writes)
 
     # -- where it stops -------------------------------------------------------------------------------
 
     def _is_own(self, origin: str | None) -> bool:
-        return origin is None or origin == self._home
+        return origin is None or (origin == self._home and origin not in _UNCOUNTED)
 
     def _stop_at(self, origin: str | None, label: str) -> None:
         if origin is None or origin in _UNCOUNTED or origin == self._home:
@@ -292,6 +315,8 @@ def fingerprint_code(code: types.CodeType) -> bytes:
         getattr(code, "co_exceptiontable", b""),
     ]
     for instruction in dis.get_instructions(code):
+        if instruction.opname == "NOP":  # what -OO leaves of a docstring
+            continue
         parts.append(instruction.opname.encode())
         if instruction.opcode in _HAS_CONSTANT:
             parts.append(_constant(instruction.argval))
@@ -373,41 +398,84 @@ def _attribute_names(code: types.CodeType) -> Iterator[str]:
                 yield instruction.argval
 
 
-def _written_in(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """Return the attributes, and the globals and closure variables, that one code object changes.
+_Origin = tuple[str, str]  # "self", "attribute" of self, "name" of a global or cell, or "" for anything else
+_UNKNOWN: _Origin = ("", "")
 
-    Assignments are exact. A change in place is recognised by its form: a mutating method called on
-    the name, or a subscript assigned in a statement that mentions it.
+
+def _note_writes_in(code: types.CodeType, self_name: str, writes: Writes) -> None:
+    """Note what one code object changes, following where the objects on the stack came from.
+
+    An object whose origin is not known is not noted: in doubt a value counts, which costs a miss.
     """
-    attributes: set[str] = set()
-    names: set[str] = set()
-    statement_attributes: set[str] = set()
-    statement_names: set[str] = set()
-    before: dis.Instruction | None = None
+    stack: list[_Origin] = []
+
+    def pop(count: int) -> _Origin:
+        last = _UNKNOWN
+        for _ in range(count):
+            last = stack.pop() if stack else _UNKNOWN
+        return last
+
+    def peek(depth: int) -> _Origin:
+        return stack[-depth] if len(stack) >= depth else _UNKNOWN
+
     for instruction in dis.get_instructions(code):
-        if instruction.starts_line:
-            statement_attributes, statement_names = set(), set()
-        opname, argument = instruction.opname, instruction.argval
+        opname, argument, arg = instruction.opname, instruction.argval, instruction.arg
+        effect = dis.stack_effect(instruction.opcode, arg, jump=False)
         if opname in ("STORE_ATTR", "DELETE_ATTR"):
-            attributes.add(argument)
+            if peek(1)[0] == "self":
+                writes.assigned_attributes.add(argument)
+            else:
+                writes.note_change(peek(1))
         elif opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
             opname in ("STORE_DEREF", "DELETE_DEREF") and argument in code.co_freevars
         ):
-            names.add(argument)
-        elif opname in _STORES_SUBSCRIPT:
-            attributes |= statement_attributes
-            names |= statement_names
+            writes.assigned_names.add(argument)
+        elif opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            writes.note_change(peek(2))
+        elif opname == "STORE_SLICE":
+            writes.note_change(peek(3))
+
+        if opname == "COPY":
+            stack.append(peek(arg or 1))
+        elif opname == "SWAP" and arg and len(stack) >= arg:
+            stack[-1], stack[-arg] = stack[-arg], stack[-1]
+        elif opname == "DUP_TOP":
+            stack.append(peek(1))
+        elif opname == "DUP_TOP_TWO":
+            stack += [peek(2), peek(1)]
+        elif opname == "ROT_TWO" and len(stack) >= 2:
+            stack[-2:] = [stack[-1], stack[-2]]
+        elif opname == "ROT_THREE" and len(stack) >= 3:
+            stack[-3:] = [stack[-1], stack[-3], stack[-2]]
         elif opname in _LOADS_ATTRIBUTE:
-            if argument in _MUTATORS and before is not None:
-                if before.opname in _LOADS_ATTRIBUTE:
-                    attributes.add(before.argval)
-                elif before.opname in _LOADS_GLOBAL or before.opname in _LOADS_CELL:
-                    names.add(before.argval)
-            statement_attributes.add(argument)
+            owner = pop(1)
+            if argument in _MUTATORS:
+                writes.note_change(owner)
+            stack += [("attribute", argument) if owner[0] == "self" else _UNKNOWN] * (1 + effect)
         elif opname in _LOADS_GLOBAL or opname in _LOADS_CELL:
-            statement_names.add(argument)
-        before = instruction
-    return attributes, names
+            stack += [_UNKNOWN] * (effect - 1)
+            stack.append(("self", "") if argument == self_name else ("name", argument))
+        elif opname.startswith("LOAD_FAST") and effect == 1:
+            stack.append(("self", "") if argument == self_name else _UNKNOWN)
+        elif opname.startswith(_PUSHES_NOTHING):
+            if effect > 0:
+                stack += [_UNKNOWN] * effect
+            else:
+                pop(-effect)
+        elif effect > 0:
+            stack += [_UNKNOWN] * effect
+        else:
+            pop(1 - effect)
+            stack.append(_UNKNOWN)
+        if opname.startswith(("RETURN", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE")):
+            stack.clear()
+
+
+_PUSHES_NOTHING = (
+    "STORE_", "DELETE_", "POP_", "RETURN_", "RAISE_", "RERAISE", "JUMP_", "RESUME", "NOP", "PRECALL", "KW_NAMES",
+    "PUSH_", "COPY_FREE_VARS", "MAKE_CELL", "EXTENDED_ARG", "SWAP", "ROT_", "CACHE", "LIST_APPEND", "SET_ADD",
+    "MAP_ADD", "LIST_EXTEND", "SET_UPDATE", "DICT_UPDATE", "DICT_MERGE", "END_", "GEN_START",
+)  # fmt: skip
 
 
 def is_own_module(module: str | None) -> bool:

@@ -15,6 +15,7 @@ import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, fields, is_dataclass
 from itertools import chain
 from operator import itemgetter
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from torchcache.keys.code import CodeWalk
+from torchcache.keys.code import CodeWalk, Writes, is_own_module, walk_code
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.values import encode_plain, encode_state, encode_tensor
 
@@ -187,7 +188,7 @@ class _Snapshot:
         self._numbers: itemgetter[Any] | None = None
         self._named = [] if walk is None else [
             name for name in walk.names
-            if not {name.label, name.key} & walk.written_names
+            if not _is_written(name.key, name.read(), walk.writes.assigned_names, walk.writes.changed_names)
             and (name.is_own or encode_plain(name.read()) is not None)
         ]  # fmt: skip
         self._modules: list[nn.Module] = []
@@ -245,7 +246,7 @@ class _Snapshot:
                 continue
             self._known[id(module)] = len(self._modules)
             self._modules.append(module)
-            entries += [path.encode(), type(module).__qualname__.encode()]
+            entries += [path.encode(), type(module).__qualname__.encode(), _class_code(type(module))]
             entries += self._collect_module(path, module, with_hooks=inner or module is not root)
         return entries
 
@@ -278,9 +279,13 @@ class _Snapshot:
         return entries
 
     def _is_left_out(self, key: str, value: object) -> bool:
+        writes = self._walk.writes if self._walk is not None else Writes()
         return (
             key.startswith(("torchcache_", "_torchcache_"))
-            or (self._walk is not None and key in self._walk.written_attributes)
+            or (
+                self._walk is not None
+                and _is_written(key, value, writes.assigned_attributes, writes.changed_attributes)
+            )
             or (key == "forward" and hasattr(value, "__torchcache_original__"))
         )
 
@@ -342,6 +347,30 @@ class _Snapshot:
             *[(t.data_ptr(), t._version) for t in self._plain_tensors],
             *[(t.data_ptr(), 0) for t in self._inference_tensors],
         ]
+
+
+def _is_written(key: str, value: object, assigned: AbstractSet[str], changed: AbstractSet[str]) -> bool:
+    """Tell whether the code that runs changes a variable itself, so that it is no part of the key.
+
+    A change in place was recognised by its form only, so the value has to be one that has such a form.
+    """
+    if key in assigned:
+        return True
+    return key in changed and (
+        isinstance(value, (list, dict, set, deque, bytearray))
+        or (hasattr(value, "__dict__") and not isinstance(value, (nn.Module, torch.Tensor, type, *_CODE)))
+    )
+
+
+def _class_code(cls: type) -> bytes:
+    """Return the fingerprint of the code of a submodule's class, if it is the user's own."""
+    code = _class_codes.get(cls)
+    if code is None:
+        code = _class_codes[cls] = walk_code(cls).fingerprint if is_own_module(cls.__module__) else b""
+    return code
+
+
+_class_codes: weakref.WeakKeyDictionary[type, bytes] = weakref.WeakKeyDictionary()
 
 
 def _way_to_compare(value: object, path: str) -> Callable[[object], bytes]:

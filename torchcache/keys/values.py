@@ -17,12 +17,13 @@ import types
 from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import date, datetime, time, timedelta
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
-from torchcache.keys.code import fingerprint_code, is_own_module, unwrap
+from torchcache.keys.code import is_own_module, unwrap, walk_code
 from torchcache.keys.digest import digest_bytes, digest_parts
 
 #: Subclasses of these count by their type and the plain value.
@@ -58,7 +59,8 @@ def encode_plain(value: object) -> bytes | None:
     if isinstance(value, bytes) and kind is bytes:
         return b"bytes " + value
     if isinstance(value, enum.Enum):
-        return digest_parts([b"enum", _type_name(kind), value.name.encode()])
+        # The value too: a program may be edited between two runs.
+        return digest_parts([b"enum", _type_name(kind), value.name.encode(), encode_plain(value.value) or b""])
     if isinstance(value, _PLAIN_TORCH):
         return f"{kind.__name__} {value}".encode()
     if isinstance(value, slice):
@@ -192,14 +194,22 @@ class _Encoder:
 
     def _function(self, function: types.FunctionType, path: str) -> bytes:
         function = unwrap(function)  # type: ignore[assignment]
-        parts = [b"function", fingerprint_code(function.__code__)]
+        parts = [b"function", _code_of(function)]
         parts += [self.encode(default, f"{path} default") for default in function.__defaults__ or ()]
+        for name, default in sorted((function.__kwdefaults__ or {}).items()):
+            parts += [name.encode(), self.encode(default, f"{path} default {name}")]
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
             try:
                 parts.append(self.encode(cell.cell_contents, f"{path} closure {name}"))
             except ValueError:
                 parts.append(b"empty")
         return digest_parts(parts)
+
+
+@lru_cache(maxsize=4096)
+def _code_of(function: Callable[..., object]) -> bytes:
+    """Return the fingerprint of a function with the helpers it calls."""
+    return walk_code(function).fingerprint
 
 
 def encode_tensor(tensor: torch.Tensor) -> bytes:
