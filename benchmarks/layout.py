@@ -138,9 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True, mode=0o700)
     print(f"{platform.platform()}, cores {os.cpu_count()}, python {platform.python_version()}, lmdb {lmdb.__version__}")
-    print(
-        f"{'row bytes':>9}  {'layout':9}  {'bytes/payload':>13}  {'writes/s':>9}  {'single reads/s':>14}  {'batch reads/s':>13}"
-    )
+    print("row bytes  layout     bytes/payload   writes/s  single reads/s  batch reads/s")
     missed = []
     for size, n in SIZES.items():
         plain = measure(PlainRecords, root / f"plain-{size}", size, n)

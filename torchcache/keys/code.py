@@ -242,6 +242,8 @@ class _Walk:
         if self.visit(value, name.key):
             return
         self._found.names.append(name)
+        if not name.is_own:
+            return  # the registries of a large library lead everywhere; its version counts
         if isinstance(getattr(type(value), "forward", None), types.FunctionType) and hasattr(value, "modules"):
             for module in value.modules():  # a torch module that the code uses
                 self.visit_class(type(module))
