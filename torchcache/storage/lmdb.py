@@ -5,7 +5,7 @@ Entries of one environment, by the first byte of the key (numbers are big-endian
 - ``n`` + fingerprint (16 bytes) -> ``Namespace``, a msgpack array
 - ``i`` + namespace number (3) + first 8 bytes of the digest -> segment, offset, length
 - ``s`` + namespace number (3) + segment number (4) -> records one after the other
-- ``r`` + the same -> when one of the segment's rows was last used, in seconds (for eviction)
+- ``r`` + the same -> when one of the segment's rows was last used, in nanoseconds (for eviction)
 - ``a`` + a name: format, time of creation, next namespace number
 
 LMDB's pages are badly filled by records with random keys (100 B rows take 3.5 times their size, 1 kB
@@ -220,7 +220,7 @@ class LmdbStore:
             if self._budget.allows(growth, budget.free_bytes(txn, self._environment.last_page())):
                 return write.carry_out(), 0
             txn.abort()
-        return Written(dropped={"budget": write.planned_rows}), growth
+        return Written(rows=write.present_rows, dropped={"budget": write.planned_rows}), growth
 
     def delete_all(self) -> None:
         with self._turn(None):
@@ -335,6 +335,11 @@ class _Write:
     def planned_rows(self) -> int:
         """How many rows are new."""
         return len(self._index)
+
+    @property
+    def present_rows(self) -> int:
+        """How many rows are there already, or planned twice."""
+        return self._present
 
     def plan(self, packed: Sequence[Packed]) -> None:
         """Decide where each record goes; what is there already, or twice, is left out."""
@@ -548,4 +553,4 @@ def _prefix(kind: bytes, number: int) -> bytes:
 
 
 def _now() -> bytes:
-    return int(time.time()).to_bytes(8, "big")
+    return time.time_ns().to_bytes(8, "big")
