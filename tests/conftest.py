@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-import torchcache.cache
+import torchcache.log
 
 
 @pytest.hookimpl(wrapper=True)
@@ -22,7 +22,7 @@ def pytest_runtest_makereport():
 @pytest.fixture(autouse=True)
 def says_everything_once_again():
     """Let each test see the lines that are said once a process."""
-    torchcache.cache._said.clear()
+    torchcache.log._said.clear()
 
 
 @pytest.fixture

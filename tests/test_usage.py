@@ -85,7 +85,7 @@ def make_counted(options=None):
     return Counted(), computed
 
 
-# -- a module, a function -----------------------------------------------------------------------------------------
+# -- a module, a function ----------
 
 
 def test_a_plain_linear_that_was_never_put_into_eval_mode_is_cached():
@@ -146,7 +146,7 @@ def test_samples_are_found_whatever_batch_they_come_in():
     assert sum(computed) == 6
 
 
-# -- where it is kept -----------------------------------------------------------------------------------------------
+# -- where it is kept ----------
 
 
 def test_a_persistent_cache_answers_the_second_run_of_a_program(cache_dir):
@@ -155,6 +155,15 @@ def test_a_persistent_cache_answers_the_second_run_of_a_program(cache_dir):
     second_hash, second = run_script(program, cache_dir.parent, cache_dir).split()
     assert (first, second) == ("8", "0")
     assert first_hash == second_hash
+
+
+def test_another_instance_with_the_same_weights_finds_the_results_at_once(cache_dir):
+    module, computed = make_counted({"persistent": True, "persistent_cache_dir": cache_dir})
+    twin = type(module)()
+    twin.load_state_dict(module.state_dict())
+    x = torch.rand(4, 10)
+    assert torch.equal(module(x), twin(x))
+    assert computed == [4], "what waits to be written is a hit too"
 
 
 def test_a_persistent_cache_without_a_directory_is_private_and_gone_at_the_end(tmp_path):
@@ -209,7 +218,7 @@ def test_a_path_object_and_a_string_name_the_same_directory(cache_dir):
     assert cache_of(make(cache_dir)).cache_dir == cache_of(make(str(cache_dir))).cache_dir
 
 
-# -- sizes and dtypes -------------------------------------------------------------------------------------------------
+# -- sizes and dtypes ----------
 
 
 def test_sizes_may_be_floats(cache_dir):
@@ -318,7 +327,7 @@ def test_attributes_win_over_the_decorator_for_their_instance_alone():
     assert CachedModule().cache_instance.options.max_memory_cache_size == 1_000_000
 
 
-# -- which instances --------------------------------------------------------------------------------------------------
+# -- which instances ----------
 
 
 @torchcache()
@@ -381,7 +390,7 @@ def test_an_instance_that_started_switched_off_is_switched_on_at_run_time():
     assert module.cache_instance.stats().memory_hits == 4
 
 
-# -- what starts afresh -------------------------------------------------------------------------------------------------
+# -- what starts afresh ----------
 
 
 def test_another_code_starts_afresh_and_the_old_code_finds_its_cache_again(cache_dir):
@@ -395,7 +404,7 @@ def test_another_code_starts_afresh_and_the_old_code_finds_its_cache_again(cache
 
 def test_a_comment_does_not_start_afresh(cache_dir):
     old, _ = run_program(cache_dir)
-    edit = ("    def forward", '\n    # A comment moves the lines.\n    def forward')
+    edit = ("    def forward", "\n    # A comment moves the lines.\n    def forward")
     assert run_program(cache_dir, edit=edit) == (old, 0)
 
 
@@ -455,7 +464,7 @@ def test_a_version_starts_afresh():
     assert hash_of("1") == hash_of("1")
 
 
-# -- a name of one's own --------------------------------------------------------------------------------------------------
+# -- a name of one's own ----------
 
 
 def test_a_fixed_module_hash_names_the_directory(cache_dir):

@@ -41,7 +41,7 @@ def in_child(function: Callable[..., Any], *args: Any, timeout_seconds: float = 
             try:
                 answer = (True, function(*args))
                 status = 0
-            except BaseException:
+            except BaseException:  # noqa: BLE001 - told to the parent
                 answer = (False, traceback.format_exc())
             with os.fdopen(writer, "wb") as stream:
                 stream.write(pickle.dumps(answer))
@@ -90,9 +90,7 @@ def wait_for(pid: int, timeout_seconds: float) -> int | None:
 
 def start(program: str, *args: object, **environment: str) -> subprocess.Popen[str]:
     """Start a Python program given as text; it finds the package and the tests."""
-    variables = {
-        name: value for name, value in os.environ.items() if not name.startswith(("TORCHCACHE_", "COVERAGE_"))
-    }
+    variables = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHCACHE_", "COVERAGE_"))}
     variables |= {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **environment}
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, args)],

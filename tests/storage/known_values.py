@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,7 +15,8 @@ from torchcache.layout import Layout, Leaf, Rows
 from torchcache.storage import environment
 from torchcache.storage.contract import Lookup, Packed, Written
 from torchcache.storage.directory import CacheDirectory
-from torchcache.storage.lmdb import LmdbStore, StoreSettings
+from torchcache.storage.lmdb import _LOCATION, LmdbStore, StoreSettings, _parse_namespace
+from torchcache.storage.record import digest_of as record_digest_of
 from torchcache.storage.record import length_of, unpack
 
 NAMESPACE = b"one namespace...".ljust(16)
@@ -96,14 +99,14 @@ def forget_environments() -> None:
 
 
 def directory_bytes(path: Path) -> int:
-    """Count the bytes under a cache directory from outside, itself included."""
-    total = 0
-    for entry in [path, *path.rglob("*")]:
-        try:
-            total += entry.lstat().st_size
-        except FileNotFoundError:
-            pass  # removed while we looked
-    return total
+    """Count the bytes under a cache directory from outside, itself included; what moves meanwhile counts once."""
+    sizes = {}
+    for folder, _, names in os.walk(path):  # passes by what is removed while it looks
+        for entry in [Path(folder), *(Path(folder, name) for name in names)]:
+            with contextlib.suppress(FileNotFoundError):
+                status = entry.lstat()
+                sizes[status.st_ino] = status.st_size
+    return sum(sizes.values())
 
 
 def verify(path: Path) -> int:
@@ -117,29 +120,25 @@ def verify(path: Path) -> int:
     numbers = {}
     for key, value in entries.items():
         if key[:1] == b"n":
-            numbers[environment_number(value)] = key[1:]
+            entry = _parse_namespace(value)
+            if entry is not None:
+                numbers[entry.number] = key[1:]
     count = 0
     for key, location in entries.items():
         if key[:1] != b"i":
             continue
-        segment, offset, length = int.from_bytes(location[:4], "big"), int.from_bytes(location[4:6], "big"), 0
-        length = int.from_bytes(location[6:10], "big")
-        record = entries[b"s" + key[1:4] + segment.to_bytes(4, "big")][offset : offset + length]
-        assert length_of(record) == length
-        digest = record[22:38]
+        _, offset, length = _LOCATION.unpack(location)
+        segment = entries[b"s" + key[1:4] + location[:4]]
+        record = segment[offset : offset + length] if length else segment[offset:]
+        assert length_of(record) == len(record)
+        digest = record_digest_of(record)
         assert digest[:8] == key[4:], "an index entry points at another sample's record"
-        layout, payload = unpack(numbers[int.from_bytes(key[1:4], "big")], digest, record)
-        assert len(payload) == layout.nbytes
-        count += 1
+        namespace = numbers.get(int.from_bytes(key[1:4], "big"))
+        if namespace is not None:  # else its entry was damaged, and it has a new number now
+            layout, payload = unpack(namespace, digest, record)
+            assert len(payload) == layout.nbytes
+            count += 1
     for key in entries:
         if key[:1] == b"r":
             assert b"s" + key[1:] in entries, "a segment is gone and its time of use is not"
     return count
-
-
-def environment_number(value: bytes) -> int:
-    from torchcache.storage.lmdb import _parse_namespace
-
-    entry = _parse_namespace(value)
-    assert entry is not None
-    return entry.number

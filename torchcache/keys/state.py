@@ -282,6 +282,7 @@ class _Snapshot:
         writes = self._walk.writes if self._walk is not None else Writes()
         return (
             key.startswith(("torchcache_", "_torchcache_"))
+            or key == "cache_instance"
             or (
                 self._walk is not None
                 and _is_written(key, value, writes.assigned_attributes, writes.changed_attributes)

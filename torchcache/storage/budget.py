@@ -25,6 +25,9 @@ MOST_COMMIT_ROWS = 4096
 _LEAST_COMMIT_ROWS = 16
 _RESERVE_SHARE = 16
 
+#: Room for a few small commits at their bound; a small budget reserves at most a quarter.
+_LEAST_RESERVE_BYTES = 1 << 20
+
 STALE_SECONDS = 3600.0
 
 #: Freed pages are used again two transactions later and only in runs that are long enough, so this many
@@ -102,7 +105,7 @@ class Budget:
         self._is_said = False
 
     def _reserve(self) -> int:
-        return self._limit // _RESERVE_SHARE
+        return max(self._limit // _RESERVE_SHARE, min(self._limit // 4, _LEAST_RESERVE_BYTES))
 
 
 def commit_rows(limit_bytes: int) -> int:

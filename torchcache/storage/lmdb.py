@@ -178,7 +178,8 @@ class LmdbStore:
             if not self._environment.is_current():
                 self._environment.close()
             rows = budget.commit_rows(self._settings.budget_bytes)
-            done = [self._commit(part) for part in _cut(packed, rows, self.most_commit_bytes)]
+            started = _now()
+            done = [self._commit(part, started) for part in _cut(packed, rows, self.most_commit_bytes)]
         dropped = sum(written.dropped.get("budget", 0) for written in done)
         return Written(
             rows=sum(written.rows for written in done),
@@ -186,7 +187,7 @@ class LmdbStore:
             dropped={"budget": dropped} if dropped else {},
         )
 
-    def _commit(self, packed: Sequence[Packed]) -> Written:
+    def _commit(self, packed: Sequence[Packed], started: bytes) -> Written:
         """Commit one transaction's worth, making room for it where the policy allows that."""
         keep = {item.namespace for item in packed}
         written = Written()
@@ -197,10 +198,22 @@ class LmdbStore:
             if not growth:
                 return written
             self._recent.update(recent)
-            if not self._make_room(growth << attempt, keep):
+            if self._settings.eviction == "lru" and self._budget.room_bytes() < growth:
+                self._start_afresh()
+            elif not self._make_room(growth << attempt, keep, started):
                 break
         self._budget.rest(self._settings.eviction)
         return written
+
+    def _start_afresh(self) -> None:
+        """Replace a file that has grown into the reserve: LMDB's files do not shrink, so deleting does not help."""
+        logger.info("%s has grown to its budget and is started afresh (eviction='lru')", self.path)
+        self._environment.close()
+        self._directory.remove(self._environment.name)
+        self._directory.measure()
+        self._doubtful.clear()
+        self._recent.clear()
+        self._ensure_environment()
 
     def _ensure_environment(self) -> bool:
         """Make the environment if it is not there, and room for it where the policy allows that."""
@@ -241,7 +254,7 @@ class LmdbStore:
 
     # -- making room --------------------------------------------------------------------------------------------
 
-    def _make_room(self, needed_bytes: int, keep: set[bytes]) -> bool:
+    def _make_room(self, needed_bytes: int, keep: set[bytes], started: bytes) -> bool:
         """Empty the trash, or evict by the settings' policy; return whether there is more room now."""
         if self._make_room_outside(needed_bytes):
             return True
@@ -249,7 +262,7 @@ class LmdbStore:
             return False
         if self._settings.eviction == "stale":
             return self._delete_slices(self._stale_segments(keep), needed_bytes)
-        return self._delete_slices(self._oldest_segments(), max(needed_bytes, self._budget.slack_bytes()))
+        return self._delete_slices(self._oldest_segments(started), max(needed_bytes, self._budget.slack_bytes()))
 
     def _make_room_outside(self, needed_bytes: int) -> bool:
         """Empty the trash, or remove other environments that nobody uses; return whether there is more room."""
@@ -273,12 +286,12 @@ class LmdbStore:
             keys = [bytes(key) for key, _ in _scan(txn, b"s")]
         return sorted((key for key in keys if key[:4] in stale), key=lambda key: (stale[key[:4]], key))
 
-    def _oldest_segments(self) -> list[bytes]:
-        """Return the half of all segments that were used longest ago, oldest first."""
+    def _oldest_segments(self, before: bytes) -> list[bytes]:
+        """Return the half of all segments that were used longest ago, oldest first; none used since ``before``."""
         with self._environment.reading() as txn:
             used = sorted((bytes(when), b"s" + bytes(key[1:])) for key, when in _scan(txn, b"r"))
         used = sorted((self._recent.get(b"r" + key[1:], when), key) for when, key in used)
-        return [key for _, key in used[: max(1, len(used) // 2)]]
+        return [key for when, key in used[: max(1, len(used) // 2)] if when < before]
 
     def _delete_slices(self, segments: Sequence[bytes], needed_bytes: int) -> bool:
         """Delete segments, a small transaction at a time, until enough pages are free."""

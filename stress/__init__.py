@@ -1,0 +1,1 @@
+"""Long, random trials of what must never happen: ``python -m stress list``."""

@@ -1,0 +1,97 @@
+"""The processes of a scenario: forked by the program, ended by their own ids."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import time
+import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+from stress.values import ViolationError
+from stress.verdict import Run
+
+#: A killed process is gone by then, unless the kernel keeps it.
+_DEATH_SECONDS = 30.0
+
+
+class Members:
+    """Children of this program; those that still run are killed on leaving the ``with`` block.
+
+    Args:
+        run: Where a member that fails tells why.
+        most_seconds: A member ends itself then at the latest, whatever becomes of the program.
+    """
+
+    def __init__(self, run: Run, most_seconds: float) -> None:
+        self._run = run
+        self._most_seconds = most_seconds
+        self._running: set[int] = set()
+
+    def __enter__(self) -> Members:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pid in self._running:
+            os.kill(pid, signal.SIGKILL)
+        for pid in self._running:
+            os.waitpid(pid, 0)
+
+    def start(self, work: Callable[..., object], *args: Any) -> int:
+        """Run ``work(*args)`` in a child; returns its process id."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # NumPy has threads of its own; they do no harm here
+            pid = os.fork()
+        if pid:
+            self._running.add(pid)
+            return pid
+        status = 9
+        try:
+            for name in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+                signal.signal(name, signal.SIG_DFL)
+            signal.alarm(int(self._most_seconds) + 1)
+            work(*args)
+            status = 0
+        except BaseException as error:
+            self._run.note(error)
+        finally:
+            os._exit(status)
+
+    def kill(self, pid: int) -> None:
+        """Kill a member, whatever it is doing.
+
+        Raises:
+            ViolationError: If it had ended already.
+        """
+        os.kill(pid, signal.SIGKILL)
+        status = self._wait(pid, _DEATH_SECONDS, lambda: None)
+        if status != -signal.SIGKILL:
+            raise ViolationError("ended", f"a member ended with status {status} before it was killed")
+
+    def join(self, pid: int, timeout_seconds: float, look: Callable[[], None] = lambda: None) -> None:
+        """Wait for a member that comes to its end; ``look`` is called every 10 ms.
+
+        Raises:
+            ViolationError: If it does not end in time, or not well.
+        """
+        status = self._wait(pid, timeout_seconds, look)
+        if status:
+            raise ViolationError("ended", f"a member ended with status {status}")
+
+    def _wait(self, pid: int, timeout_seconds: float, look: Callable[[], None]) -> int:
+        deadline = time.monotonic() + timeout_seconds
+        descriptor = os.pidfd_open(pid)
+        try:
+            while not select.select([descriptor], [], [], 0.01)[0]:
+                look()
+                if time.monotonic() > deadline:
+                    raise ViolationError("hang", f"member {pid} did not end within {timeout_seconds} s")
+        finally:
+            os.close(descriptor)
+        self._running.remove(pid)
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

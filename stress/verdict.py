@@ -1,0 +1,249 @@
+"""One run of a scenario: what it was asked, what it counted, what it saw that never may happen."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import shlex
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import filelock
+import lmdb
+import numpy as np
+
+import torchcache
+from stress.ledger import Ledger
+from stress.values import BATCH_ROWS, Batch, ViolationError, check
+from torchcache.storage.directory import CacheDirectory
+from torchcache.storage.lmdb import LmdbStore, StoreSettings
+
+#: Defects that a run can be given, to see that it finds them.
+PLANTS = ("wrong-value", "lost-record", "over-budget")
+
+_PLANT_EVERY = 5
+
+
+@dataclass(slots=True)
+class Tally:
+    """What a run did, over all its members.
+
+    Attributes:
+        reads: Rows that were found and compared byte by byte.
+        expected: Rows looked up that were acknowledged before.
+        hits: How many of these were found; fewer only where eviction takes rows away.
+        acknowledged: Rows that a returned ``put_many`` said are stored.
+        kills: Members that were killed while they worked.
+        samples: How often the bytes under the directory were counted.
+        longest_gap_ms: The longest time between two samples.
+        peak_share: The most bytes seen under the directory, as a share of its budget.
+        over_budget_bytes: The most bytes seen above a budget.
+    """
+
+    reads: int = 0
+    expected: int = 0
+    hits: int = 0
+    acknowledged: int = 0
+    kills: int = 0
+    samples: int = 0
+    longest_gap_ms: float = 0.0
+    peak_share: float = 0.0
+    over_budget_bytes: int = 0
+
+    def add(self, ledger: Ledger) -> None:
+        """Add what the members of one directory counted."""
+        for name, number in ledger.counts().items():
+            setattr(self, name, getattr(self, name) + number)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """One suite with its options.
+
+    Attributes:
+        directory: Empty and the run's own; caches and the list of violations lie in it.
+        jobs: How many processes of a kind work at a time.
+        plant: One of ``PLANTS``, or none.
+    """
+
+    suite: str
+    seed: int
+    seconds: float
+    jobs: int
+    directory: Path
+    plant: str | None = None
+    tally: Tally = field(default_factory=Tally)
+
+    def rng(self, *place: object) -> random.Random:
+        """Return the random numbers of one place of the scenario; the same for the same seed."""
+        return random.Random(" ".join(map(str, (self.suite, self.seed, *place))))
+
+    @property
+    def command(self) -> str:
+        """The command that runs this again."""
+        words = f"python -m stress run --suite {self.suite} --seconds {self.seconds:g} --seed {self.seed}"
+        words += f" --jobs {self.jobs}"
+        return words + (f" --plant {shlex.quote(self.plant)}" if self.plant else "")
+
+    def note(self, error: BaseException) -> None:
+        """Note a violation; from any process."""
+        kind = error.kind if isinstance(error, ViolationError) else "raised"
+        text = str(error) if isinstance(error, ViolationError) else "".join(traceback.format_exception(error))
+        line = json.dumps({"kind": kind, "what": text, "after_s": round(time.monotonic(), 3), "pid": os.getpid()})
+        descriptor = os.open(self._violations, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            os.write(descriptor, line.encode() + b"\n")  # at once: nobody's line is cut by another's
+        finally:
+            os.close(descriptor)
+
+    def has_failed(self) -> bool:
+        """Tell whether there is a violation."""
+        return self._violations.exists()
+
+    def violations(self) -> list[dict[str, object]]:
+        """Return what was noted."""
+        return [json.loads(line) for line in self._violations.read_text().splitlines()] if self.has_failed() else []
+
+    def verdict(self, took_seconds: float) -> dict[str, object]:
+        """Return the run as one JSON object."""
+        tally = asdict(self.tally)
+        hits, expected = self.tally.hits, self.tally.expected
+        return {
+            "suite": self.suite,
+            "seed": self.seed,
+            "seconds": self.seconds,
+            "took_seconds": round(took_seconds, 1),
+            "jobs": self.jobs,
+            "plant": self.plant,
+            **{name: round(value, 3) if isinstance(value, float) else value for name, value in tally.items()},
+            "hit_share": round(hits / expected, 4) if expected else None,
+            "violations": len(self.violations()),
+            "versions": {
+                "torchcache": torchcache.__version__,
+                "python": platform.python_version(),
+                "py-lmdb": lmdb.__version__,
+                "lmdb": ".".join(map(str, lmdb.version())),
+                "filelock": filelock.__version__,
+                "numpy": np.__version__,
+                "kernel": platform.release(),
+            },
+        }
+
+    @property
+    def _violations(self) -> Path:
+        return self.directory / "violations.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One cache directory of a run, as its members use it.
+
+    Attributes:
+        is_strict: Whether every row that was acknowledged has to be found: nothing is evicted.
+    """
+
+    run: Run
+    root: Path
+    settings: StoreSettings
+    ledger: Ledger
+    is_strict: bool
+
+    def open_store(self) -> LmdbStore:
+        """Open the store as a cache does."""
+        return LmdbStore(CacheDirectory(self.root), "module-hash", self.settings)
+
+    def put(self, store: LmdbStore, batch: Batch) -> bool:
+        """Commit a batch and acknowledge it; return whether all of it was stored.
+
+        Raises:
+            ViolationError: If the store did not account for every row.
+        """
+        rows = batch.rows()
+        is_planted = batch.line == 0 and batch.number % _PLANT_EVERY == 0
+        if self.run.plant == "wrong-value" and is_planted:
+            rows.data[0, 0] ^= 1
+        if self.run.plant == "lost-record" and is_planted:
+            self.ledger.acknowledge(batch)
+            return True
+        written = store.put_many([store.pack(batch.namespace, rows)])
+        dropped = sum(written.dropped.values())
+        if written.rows + dropped != BATCH_ROWS:
+            raise ViolationError("uncounted", f"of {BATCH_ROWS} rows {written.rows} stored, {dropped} dropped")
+        if not dropped:
+            self.ledger.acknowledge(batch)
+        return not dropped
+
+    def read(self, store: LmdbStore, member: int, batches: Sequence[Batch]) -> int:
+        """Look up batches of one namespace and check all that is found; return how many rows were.
+
+        Raises:
+            ViolationError: If a value is wrong, or a row that must be there is not.
+        """
+        expected = [self.ledger.is_acknowledged(batch) for batch in batches]  # before the look
+        digests = [digest for batch in batches for digest in batch.digests]
+        found = check(batches[0].namespace, digests, store.get_many(batches[0].namespace, digests))
+        lost = [i for i in range(len(digests)) if expected[i // BATCH_ROWS] and i not in found]
+        rows = BATCH_ROWS * sum(expected)
+        self.ledger.count(member, reads=len(found), expected=rows, hits=rows - len(lost))
+        if lost and self.is_strict:
+            raise ViolationError(
+                "lost", f"{len(lost)} rows were acknowledged and are gone: {batches[lost[0] // BATCH_ROWS]}"
+            )
+        return len(found)
+
+    def read_everything(self, member: int) -> None:
+        """Look up every batch that was acknowledged."""
+        store = self.open_store()
+        for line in range(self.ledger.n_lines):
+            for batch in self.ledger.acknowledged(line):
+                self.read(store, member, [batch])
+
+
+class Sampler:
+    """Counts the bytes under a cache directory from outside, a few hundred microseconds a look."""
+
+    def __init__(self, trial: Trial) -> None:
+        self._trial = trial
+        self._looked_at: float | None = None
+
+    def look(self) -> None:
+        """Count once.
+
+        Raises:
+            ViolationError: If there are more bytes than the budget, or a store was found to be damaged.
+        """
+        trial, tally = self._trial, self._trial.run.tally
+        if trial.run.plant == "over-budget" and trial.root.is_dir():
+            planted = trial.root / "planted"
+            planted.touch()
+            os.truncate(planted, trial.settings.budget_bytes + 1)
+        now = time.monotonic()
+        used, limit = _bytes_under(trial.root), trial.settings.budget_bytes
+        if self._looked_at is not None:
+            tally.longest_gap_ms = max(tally.longest_gap_ms, 1000 * (now - self._looked_at))
+        self._looked_at = now
+        tally.samples += 1
+        tally.peak_share = max(tally.peak_share, used / limit)
+        tally.over_budget_bytes = max(tally.over_budget_bytes, used - limit)
+        if used > limit:
+            raise ViolationError("budget", f"{used} bytes lie under {trial.root}, {limit} are allowed")
+        if any(trial.root.glob("*.damaged")):
+            raise ViolationError("damaged", f"a store under {trial.root} was set aside as damaged")
+
+
+def _bytes_under(path: Path) -> int:
+    """Count all bytes, the directory included; what is renamed meanwhile counts once."""
+    sizes = {}
+    for folder, _, names in os.walk(path):  # passes by what is removed while it looks
+        for entry in [Path(folder), *(Path(folder, name) for name in names)]:
+            try:
+                status = entry.lstat()
+            except FileNotFoundError:
+                continue
+            sizes[status.st_ino] = status.st_size
+    return sum(sizes.values())

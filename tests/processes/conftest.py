@@ -1,0 +1,45 @@
+"""No process, no temporary file and no lock is left behind by any of these tests."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import filelock
+import pytest
+
+from tests.storage.known_values import forget_environments, verify
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A temporary directory of the test's own, which is empty again at its end."""
+    path = tmp_path / "temporary"
+    path.mkdir()
+    monkeypatch.setenv("TMPDIR", str(path))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    before = children()
+    yield path
+    assert children() <= before, "a child process was left behind"
+    left = [entry for entry in path.iterdir() if not entry.name.startswith("pymp-")]  # multiprocessing's own
+    assert left == [], "something was left under the temporary directory"
+
+
+@pytest.fixture
+def root(tmp_path: Path, temporary: Path):
+    """A cache directory; at the end its lock is free, nothing unfinished lies in it and it is sound."""
+    path = tmp_path / "cache"
+    yield path
+    forget_environments()
+    if not path.exists():
+        return
+    with filelock.FileLock(path / ".torchcache.lock", timeout=0, is_singleton=False):
+        pass
+    for data in path.glob("[!.]*/data.mdb"):
+        verify(data.parent)
+
+
+def children() -> set[str]:
+    """Return the ids of this process's children, dead ones that nobody waited for included."""
+    return {pid for path in Path(f"/proc/{os.getpid()}/task").glob("*/children") for pid in path.read_text().split()}

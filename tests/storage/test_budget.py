@@ -1,0 +1,478 @@
+"""The budget is a limit: a strict bound of what a commit adds, and what goes when it is full."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import threading
+import time
+
+import lmdb
+import pytest
+
+from tests.storage.children import in_child
+from tests.storage.known_values import (
+    NAMESPACE,
+    close_environments,
+    digests_of,
+    directory_bytes,
+    forget_environments,
+    hits_of,
+    open_store,
+    packed_of,
+    put,
+)
+from torchcache.storage import budget as budgets
+from torchcache.storage import lmdb as lmdb_store
+
+NAMESPACES = [b"%016d" % i for i in range(6)]
+
+
+class Clock:
+    """A clock that tests set forward instead of waiting."""
+
+    def __init__(self) -> None:
+        self.offset = 0.0
+        self._time = time.time
+
+    def time(self) -> float:
+        return self._time() + self.offset
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(time, name)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(lmdb_store, "time", clock)
+    monkeypatch.setattr(budgets, "time", clock)
+    return clock
+
+
+@pytest.fixture(autouse=True)
+def never_resting(monkeypatch):
+    """A full store is asked again at once and not after ten seconds."""
+    monkeypatch.setattr(budgets, "_REST_SECONDS", 0.0)
+
+
+class Sampler:
+    """Looks at the bytes under a directory every five milliseconds, from outside."""
+
+    def __init__(self, root) -> None:
+        self.root = root
+        self.most = 0
+        self.samples = 0
+        self._is_over = threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._is_over.set()
+        self._thread.join(10)
+        self.look()
+
+    def _sample(self) -> None:
+        while not self._is_over.wait(0.005):
+            self.look()
+
+    def look(self) -> None:
+        self.most = max(self.most, directory_bytes(self.root))
+        self.samples += 1
+
+
+# -- the bound ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_commit_grows_the_file_by_more_than_its_bound(root, seed, monkeypatch):
+    """Rows of all sizes in commits of all sizes, with evictions between them, and readers that hold pages."""
+    bounds = []
+    growth_bytes = lmdb_store._Write.growth_bytes
+
+    def noted(write):
+        bounds.append(growth_bytes(write))
+        return bounds[-1]
+
+    monkeypatch.setattr(lmdb_store._Write, "growth_bytes", noted)
+    rng = random.Random(seed)
+    store = open_store(root)
+    put(store, digests_of([0]))
+    number = 1
+    for _ in range(60):
+        packed = []
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            nbytes = rng.choice([0, 10, 100, 100, 1000, 3000, 3000, 4096, 20_000, 65_500, 65_600, 300_000])
+            n = rng.choice([1, 1, 3, 50, 400]) if nbytes < 5000 else rng.choice([1, 2, 8])
+            packed += packed_of(store, digests_of(range(number, number + n)), nbytes, rng.choice(NAMESPACES))
+            number += n
+        if rng.random() < 0.2:
+            keys = store._oldest_segments(b"\xff") if hasattr(store, "_oldest_segments") else []
+            if keys:
+                store._delete_slices(keys[: rng.randrange(1, 30)], 1 << 40)
+        before, bounds[:] = (store.path / "data.mdb").stat().st_size, []
+        store.put_many(packed)
+        grown = (store.path / "data.mdb").stat().st_size - before
+        assert bounds, "a commit that nobody asked the budget for"
+        assert grown <= bounds[-1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_bound_holds_for_a_large_tree_of_small_rows(root, seed, monkeypatch):
+    bounds = []
+    growth_bytes = lmdb_store._Write.growth_bytes
+    monkeypatch.setattr(
+        lmdb_store._Write, "growth_bytes", lambda write: bounds.append(growth_bytes(write)) or bounds[-1]
+    )
+    rng = random.Random(seed)
+    store = open_store(root)
+    number = 0
+    for n in [4000] * 8 + [1, 1, 2000, 1, 10, 300, 1, 4000, 1]:
+        before = (store.path / "data.mdb").stat().st_size if store.path.exists() else None
+        bounds[:] = []
+        store.put_many(packed_of(store, digests_of(range(number, number + n)), rng.choice([10, 30, 100])))
+        number += n
+        if before is not None:
+            assert (store.path / "data.mdb").stat().st_size - before <= sum(bounds)
+
+
+def test_a_deletion_grows_the_file_by_no_more_than_the_room_it_was_given(root, monkeypatch):
+    rooms = []
+    deletable_rows = budgets.deletable_rows
+    monkeypatch.setattr(
+        budgets, "deletable_rows", lambda txn, room: rooms.append(room) or deletable_rows(txn, min(room, 500_000))
+    )
+    store = open_store(root)
+    for first in range(0, 30_000, 2000):
+        put(store, digests_of(range(first, first + 2000)), nbytes=60)
+    segments = store._oldest_segments(b"\xff")
+    assert len(segments) > 20
+    for key in segments[::5]:
+        rooms[:] = []
+        before = (store.path / "data.mdb").stat().st_size
+        store._delete_slices([key], 1 << 40)
+        assert rooms, "a deletion that nobody asked the budget for"
+        assert (store.path / "data.mdb").stat().st_size - before <= 500_000 * len(rooms)
+
+
+# -- the limit ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("eviction", ["none", "stale", "lru"])
+@pytest.mark.parametrize(
+    ("limit", "nbytes"),
+    [(100_000, 100), (100_000, 3000), (300_000, 1000), (1_000_000, 100), (1_000_000, 20_000), (5_000_000, 300_000),
+     (5_000_000, 1_000_000), (20_000_000, 3000), (20_000_000, 1_000_000)],
+)  # fmt: skip
+def test_the_bytes_under_the_directory_never_exceed_the_budget(root, limit, nbytes, eviction):
+    """Three times the budget is offered, in commits as the writer makes them, by two stores and with reads."""
+    stores = [open_store(root, name, budget_bytes=limit, eviction=eviction) for name in ("one", "other")]
+    rng = random.Random(limit + nbytes)
+    per_commit = max(1, min(stores[0].most_commit_bytes // (nbytes + 60), 4096))
+    number = 0
+    with Sampler(root) as sampler:
+        while number * nbytes < 3 * limit:
+            store = stores[rng.random() < 0.3]
+            namespace = rng.choice(NAMESPACES[:2])
+            numbers = range(number, number + per_commit)
+            written = store.put_many(packed_of(store, digests_of(numbers), nbytes, namespace))
+            number += per_commit
+            sampler.look()
+            assert sampler.most <= limit
+            assert written.rows + sum(written.dropped.values()) == per_commit
+            if rng.random() < 0.3:
+                hits_of(store, digests_of(rng.sample(range(number), min(number, 20))), namespace)
+            if rng.random() < 0.1:
+                store.touch(namespace)
+    assert sampler.most <= limit
+    assert sampler.samples > 3
+
+
+@pytest.mark.parametrize("nbytes", [100, 3000])
+def test_marks_of_use_never_exceed_the_budget_either(root, nbytes, clock):
+    """What is read is noted on disk, in a full store too."""
+    limit = 200_000
+    store = open_store(root, budget_bytes=limit, eviction="lru")
+    for first in range(0, 4000, 20):
+        put(store, digests_of(range(first, first + 20)), nbytes=nbytes)
+    for step in range(40):
+        clock.offset += 700
+        hits_of(store, digests_of(range(4000)))
+        store.touch(NAMESPACE)
+        assert directory_bytes(root) <= limit, step
+
+
+def test_at_least_four_fifths_of_a_budget_hold_rows_of_three_kilobytes(root):
+    limit, nbytes = 20_000_000, 3000
+    store = open_store(root, budget_bytes=limit)
+    rows = first = 0
+    while True:
+        written = put(store, digests_of(range(first, first + 100)), nbytes=nbytes)
+        if written.dropped:
+            break
+        rows += written.rows
+        first += 100
+    assert 0.8 * limit <= directory_bytes(root) <= limit
+    assert rows * nbytes >= 0.75 * limit
+    assert hits_of(store, digests_of(range(first))) == set(range(first))
+
+
+def test_several_processes_together_keep_to_the_budget(root):
+    limit = 3_000_000
+    with Sampler(root) as sampler:
+        threads = [
+            threading.Thread(target=in_child, args=(write_three_times_the_budget, root, limit, name))
+            for name in ("one", "one", "other")
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    assert sampler.most <= limit
+    assert 0.5 * limit < directory_bytes(root)
+
+
+def write_three_times_the_budget(root, limit, name):
+    forget_environments()
+    store = open_store(root, name, budget_bytes=limit, eviction="lru", lock_timeout_seconds=20.0)
+    first = os.getpid() * 100_000
+    for i in range(0, limit // 2000, 20):
+        put(store, digests_of(range(first + i, first + i + 20)), nbytes=2000)
+
+
+@pytest.mark.parametrize("limit", [1, 1000, 20_000, 60_000])
+def test_a_budget_too_small_for_anything_stores_nothing_and_says_so_once(root, limit, caplog):
+    store = open_store(root, budget_bytes=limit)
+    with caplog.at_level(logging.WARNING):
+        for first in range(0, 50, 10):
+            written = put(store, digests_of(range(first, first + 10)))
+            assert (written.rows, dict(written.dropped)) == (0, {"budget": 10})
+    assert hits_of(store, digests_of(range(50))) == set()
+    assert directory_bytes(root) <= max(limit, 4096)  # the directory itself, which we may not even have made
+    assert len(caplog.records) == 1
+
+
+def test_a_row_larger_than_the_budget_is_passed_by_and_smaller_ones_go_on(root):
+    store = open_store(root, budget_bytes=1_000_000)
+    put(store, digests_of(range(10)), nbytes=1000)
+    written = put(store, digests_of([100]), nbytes=2_000_000)
+    assert dict(written.dropped) == {"budget": 1}
+    put(store, digests_of(range(10, 20)), nbytes=1000)
+    assert hits_of(store, digests_of([*range(20), 100])) == set(range(20))
+
+
+def test_other_files_under_the_directory_count_too(root):
+    store = open_store(root, budget_bytes=1_000_000)
+    put(store, digests_of([0]))
+    (root / "notes").mkdir()
+    (root / "notes" / "large").write_bytes(bytes(900_000))
+    assert dict(put(store, digests_of(range(1, 30)), nbytes=3000).dropped) == {"budget": 29}
+    assert (root / "notes" / "large").exists()
+    (root / "notes" / "large").unlink()
+    assert put(store, digests_of(range(1, 30)), nbytes=3000).rows == 29
+
+
+def test_what_is_full_says_so_once_with_the_remedy(root, caplog):
+    store = open_store(root, budget_bytes=300_000)
+    with caplog.at_level(logging.WARNING):
+        for first in range(0, 2000, 50):
+            put(store, digests_of(range(first, first + 50)), nbytes=1000)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "max_persistent_cache_size" in said
+    assert str(root) in said
+    assert "300000" in said
+
+
+# -- eviction -------------------------------------------------------------------------------------------------------
+
+
+def fill(store, namespace=NAMESPACE, first=0, nbytes=3000, step=20):
+    """Write until something is dropped; return how many rows fitted."""
+    number = first
+    while not put(store, digests_of(range(number, number + step)), nbytes=nbytes, namespace=namespace).dropped:
+        number += step
+        assert (number - first) * nbytes < 10**9
+    return number - first
+
+
+@pytest.mark.parametrize("eviction", ["none", "stale"])
+def test_a_full_store_in_use_keeps_what_it_has(root, eviction):
+    store = open_store(root, budget_bytes=2_000_000, eviction=eviction)
+    rows = fill(store)
+    for first in range(10_000, 12_000, 20):
+        put(store, digests_of(range(first, first + 20)), nbytes=3000)
+    assert hits_of(store, digests_of(range(rows))) == set(range(rows))
+    assert len(hits_of(store, digests_of(range(10_000, 12_000)))) < 40
+
+
+def test_stale_environments_go_first_oldest_first_and_no_more_than_needed(root, caplog):
+    limit = 4_000_000
+    for i in range(3):
+        other = open_store(root, f"old-{i}", budget_bytes=limit)
+        put(other, digests_of(range(200)), nbytes=3000)
+    fresh = open_store(root, "fresh", budget_bytes=limit)
+    put(fresh, digests_of(range(10)))
+    forget_environments()
+    now = time.time()
+    for i, age in enumerate((7200, 14400, 5000)):
+        os.utime(root / f"old-{i}" / "data.mdb", (now - age, now - age))
+    store = open_store(root, budget_bytes=limit)
+    first = 0
+    with caplog.at_level(logging.INFO, logger="torchcache"):
+        while (root / "old-1").exists():
+            assert put(store, digests_of(range(first, first + 10)), nbytes=3000).rows == 10
+            first += 10
+            assert first < 1000
+    assert sorted(path.name for path in root.glob("*/")) == ["fresh", "module-hash", "old-0", "old-2"]
+    assert sum("old-1" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_full_directory_makes_room_for_a_new_module_hash(root):
+    """The user edited the code: what nobody touched for an hour goes, and the new code is cached."""
+    limit = 2_000_000
+    fill(open_store(root, "old-code", budget_bytes=limit))
+    forget_environments()
+    os.utime(root / "old-code" / "data.mdb", (1, 1))
+    store = open_store(root, budget_bytes=limit)
+    assert put(store, digests_of(range(10)), nbytes=3000).rows == 10
+    assert not (root / "old-code").exists()
+
+
+def test_environments_that_were_touched_within_the_hour_stay(root):
+    limit = 2_000_000
+    other = open_store(root, "other", budget_bytes=limit)
+    put(other, digests_of(range(300)), nbytes=3000)
+    forget_environments()
+    recently = time.time() - 3000
+    os.utime(root / "other" / "data.mdb", (recently, recently))
+    fill(open_store(root, budget_bytes=limit))
+    assert hits_of(open_store(root, "other", budget_bytes=limit), digests_of(range(300))) == set(range(300))
+
+
+def test_with_eviction_none_nothing_ever_goes(root):
+    limit = 2_000_000
+    other = open_store(root, "other", budget_bytes=limit)
+    put(other, digests_of(range(300)), nbytes=3000)
+    forget_environments()
+    os.utime(root / "other" / "data.mdb", (1, 1))
+    fill(open_store(root, budget_bytes=limit, eviction="none"))
+    assert hits_of(open_store(root, "other", budget_bytes=limit), digests_of(range(300))) == set(range(300))
+
+
+def test_stale_namespaces_of_the_environment_go_when_it_is_full(root, clock):
+    store = open_store(root, budget_bytes=3_000_000)
+    put(store, digests_of(range(100)), nbytes=3000, namespace=NAMESPACES[0])
+    clock.offset = 7200
+    put(store, digests_of(range(100)), nbytes=3000, namespace=NAMESPACES[1])
+    fill(store, NAMESPACES[2])
+    assert hits_of(store, digests_of(range(100)), NAMESPACES[0]) == set()
+    assert hits_of(store, digests_of(range(100)), NAMESPACES[1]) == set(range(100))
+
+
+def test_a_namespace_that_is_only_read_is_kept_by_being_touched(root, clock):
+    store = open_store(root, budget_bytes=3_000_000)
+    for namespace in NAMESPACES[:2]:
+        put(store, digests_of(range(100)), nbytes=3000, namespace=namespace)
+    clock.offset = 7200
+    assert store.needs_touch(NAMESPACES[1])
+    store.touch(NAMESPACES[1])
+    assert not store.needs_touch(NAMESPACES[1])
+    fill(store, NAMESPACES[2])
+    assert hits_of(store, digests_of(range(100)), NAMESPACES[0]) == set()
+    assert hits_of(store, digests_of(range(100)), NAMESPACES[1]) == set(range(100))
+
+
+def test_lru_goes_on_inserting_for_three_times_the_budget_and_keeps_the_newest(root, clock):
+    limit, nbytes = 3_000_000, 3000
+    store = open_store(root, budget_bytes=limit, eviction="lru")
+    number = dropped = 0
+    while number * nbytes < 4 * limit:
+        clock.offset += 1
+        dropped += sum(put(store, digests_of(range(number, number + 20)), nbytes=nbytes).dropped.values())
+        number += 20
+        assert directory_bytes(root) <= limit
+    assert dropped <= number // 50
+    newest = range(number - 200, number)
+    assert len(hits_of(store, digests_of(newest))) >= 195
+    kept = len(hits_of(store, digests_of(range(number))))
+    assert kept * nbytes >= 0.3 * limit
+
+
+@pytest.mark.parametrize("nbytes", [100, 1000, 20_000, 100_000])
+def test_lru_goes_on_inserting_rows_of_every_size(root, clock, nbytes):
+    limit = 5_000_000
+    store = open_store(root, budget_bytes=limit, eviction="lru")
+    step = max(1, store.most_commit_bytes // (nbytes + 60))
+    number = dropped = 0
+    while number * nbytes < 3 * limit:
+        clock.offset += 1
+        dropped += sum(put(store, digests_of(range(number, number + step)), nbytes=nbytes).dropped.values())
+        number += step
+        assert directory_bytes(root) <= limit
+    assert dropped <= number // 20
+    assert hits_of(store, digests_of(range(number - step, number))) == set(range(step))
+
+
+def test_lru_keeps_what_is_read(root, clock):
+    limit, nbytes = 3_000_000, 3000
+    store = open_store(root, budget_bytes=limit, eviction="lru")
+    favourites = digests_of(range(20))
+    put(store, favourites, nbytes=nbytes)
+    number = 1000
+    for _ in range(150):
+        clock.offset += 1
+        put(store, digests_of(range(number, number + 20)), nbytes=nbytes)
+        number += 20
+        clock.offset += 1
+        assert hits_of(store, favourites) == set(range(20))
+    assert (number - 1000) * nbytes > 2.5 * limit
+    assert len(hits_of(store, digests_of(range(1000, 1100)))) < 50
+
+
+def test_evicted_rows_can_be_written_again(root, clock):
+    limit, nbytes = 2_000_000, 3000
+    store = open_store(root, budget_bytes=limit, eviction="lru")
+    for _ in range(3):
+        for first in range(0, 1000, 20):
+            clock.offset += 1
+            digests = digests_of(range(first, first + 20))
+            put(store, digests, nbytes=nbytes)
+            assert hits_of(store, digests) == set(range(20))
+
+
+def test_eviction_leaves_no_index_entry_without_its_record(root, clock):
+    """Nor marks of use of segments that are gone; ``verify`` looks at both when the test ends."""
+    store = open_store(root, budget_bytes=1_500_000, eviction="lru")
+    for first in range(0, 2000, 20):
+        clock.offset += 1
+        put(store, digests_of(range(first, first + 20)), nbytes=2000, namespace=NAMESPACES[first // 20 % 3])
+        hits_of(store, digests_of(range(first)), NAMESPACES[0])
+    close_environments()
+    with lmdb.open(str(store.path), readonly=True, lock=False) as env, env.begin() as txn:
+        entries = dict(txn.cursor())
+    segments = {key[1:] for key in entries if key[:1] == b"s"}
+    assert {key[1:] for key in entries if key[:1] == b"r"} == segments
+    for key, location in entries.items():
+        if key[:1] == b"i":
+            assert key[1:4] + location[:4] in segments
+
+
+def test_clearing_makes_room_at_once(root):
+    store = open_store(root, budget_bytes=1_000_000)
+    fill(store)
+    store.delete_all()
+    assert not store.is_full()
+    assert directory_bytes(root) < 20_000
+    assert put(store, digests_of(range(20)), nbytes=3000).rows == 20
+
+
+def test_a_full_store_rests_and_asks_again(root, monkeypatch):
+    monkeypatch.setattr(budgets, "_REST_SECONDS", 60.0)
+    store = open_store(root, budget_bytes=1_000_000)
+    assert not store.is_full()
+    fill(store)
+    assert store.is_full()

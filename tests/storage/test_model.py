@@ -1,0 +1,194 @@
+"""A store against a ``dict``: any sequence of puts, lookups, deletions, reopenings and forks."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from tests.storage.children import in_child
+from tests.storage.known_values import (
+    check,
+    close_environments,
+    digests_of,
+    directory_bytes,
+    forget_environments,
+    open_store,
+    packed_of,
+    verify,
+)
+
+NAMESPACES = [b"%016d" % i for i in range(3)]
+BUDGET = 50_000_000
+
+numbers = st.lists(st.integers(0, 60), min_size=1, max_size=20)
+namespaces = st.sampled_from(NAMESPACES)
+sizes = st.sampled_from([0, 50, 700, 3000, 70_000])
+
+
+class StoreModel(RuleBasedStateMachine):
+    """``model`` has the size of every value that was put; its bytes follow from its key."""
+
+    @initialize(zstd_level=st.sampled_from([None, 1]))
+    def make(self, zstd_level):
+        self.root = Path(tempfile.mkdtemp(prefix="torchcache-model-"))
+        self.settings = {"budget_bytes": BUDGET, "zstd_level": zstd_level}
+        self.store = open_store(self.root, **self.settings)
+        self.model: dict[tuple[bytes, int], int] = {}
+
+    def put_into(self, namespace, some, nbytes):
+        written = self.store.put_many(packed_of(self.store, digests_of(some), nbytes, namespace))
+        assert (written.rows, dict(written.dropped)) == (len(some), {})
+
+    @rule(namespace=namespaces, some=numbers, nbytes=sizes)
+    def put(self, namespace, some, nbytes):
+        self.put_into(namespace, some, nbytes)
+        for number in some:
+            self.model.setdefault((namespace, number), nbytes)
+
+    @rule(some=st.lists(st.tuples(namespaces, numbers, sizes), min_size=1, max_size=4))
+    def put_several(self, some):
+        packed = []
+        for namespace, batch, nbytes in some:
+            packed += packed_of(self.store, digests_of(batch), nbytes, namespace)
+            for number in batch:
+                self.model.setdefault((namespace, number), nbytes)
+        self.store.put_many(packed)
+
+    @rule(namespace=namespaces, some=numbers, nbytes=sizes)
+    def put_in_a_child(self, namespace, some, nbytes):
+        in_child(self.put_into, namespace, some, nbytes)
+        for number in some:
+            self.model.setdefault((namespace, number), nbytes)
+
+    @rule(namespace=namespaces, some=numbers)
+    def get(self, namespace, some):
+        self.look_up(namespace, some)
+
+    @rule(namespace=namespaces, some=numbers)
+    def get_in_a_child(self, namespace, some):
+        in_child(self.look_up, namespace, some)
+
+    def look_up(self, namespace, some):
+        digests = digests_of(some)
+        lookup = self.store.get_many(namespace, digests)
+        hits = check(lookup, digests, namespace)
+        assert lookup.corrupt == 0
+        assert hits == {i for i, number in enumerate(some) if (namespace, number) in self.model}
+        for item in lookup.found:
+            for position in item.positions:
+                assert item.layout.nbytes == self.model[namespace, some[position]]
+
+    @rule(namespace=namespaces)
+    def touch(self, namespace):
+        self.store.touch(namespace)
+
+    @rule()
+    def delete_all(self):
+        self.store.delete_all()
+        self.model.clear()
+
+    @rule()
+    def delete_all_in_a_child(self):
+        in_child(self.store.delete_all)
+        self.model.clear()
+        self.store._environment._checked_at = 0.0  # as after the second that a lookup may be behind
+
+    @rule()
+    def reopen(self):
+        forget_environments()
+        self.store = open_store(self.root, **self.settings)
+
+    @rule()
+    def close_the_handle(self):
+        close_environments()
+
+    @invariant()
+    def keeps_to_its_budget(self):
+        if hasattr(self, "root"):
+            assert directory_bytes(self.root) <= BUDGET
+
+    def teardown(self):
+        if not hasattr(self, "root"):
+            return
+        try:
+            forget_environments()
+            if self.store.path.exists():
+                assert verify(self.store.path) == len(self.model)
+        finally:
+            shutil.rmtree(self.root)
+
+
+class SmallStoreModel(RuleBasedStateMachine):
+    """A budget that is always full: values may be missing, but are never wrong, and the limit holds."""
+
+    @initialize(eviction=st.sampled_from(["none", "stale", "lru"]), limit=st.sampled_from([120_000, 500_000]))
+    def make(self, eviction, limit):
+        logging.getLogger("torchcache.storage").setLevel(logging.ERROR)  # it is full all the time
+        self.root = Path(tempfile.mkdtemp(prefix="torchcache-model-"))
+        self.limit = limit
+        self.settings = {"budget_bytes": limit, "eviction": eviction}
+        self.store = open_store(self.root, **self.settings)
+
+    @rule(namespace=namespaces, first=st.integers(0, 300), n=st.integers(1, 30), nbytes=sizes)
+    def put(self, namespace, first, n, nbytes):
+        some = digests_of(range(first, first + n))
+        written = self.store.put_many(packed_of(self.store, some, nbytes, namespace))
+        assert written.rows + sum(written.dropped.values()) == n
+        if written.rows == n and n * nbytes < self.limit // 8:
+            assert check(self.store.get_many(namespace, some), some, namespace) == set(range(n))
+
+    @rule(namespace=namespaces, first=st.integers(0, 300))
+    def get(self, namespace, first):
+        some = digests_of(range(first, first + 50))
+        lookup = self.store.get_many(namespace, some)
+        check(lookup, some, namespace)
+        assert lookup.corrupt == 0
+
+    @rule(namespace=namespaces)
+    def touch(self, namespace):
+        self.store.touch(namespace)
+
+    @rule()
+    def wake(self):
+        self.store._budget.wake()
+
+    @rule()
+    def reopen(self):
+        forget_environments()
+        self.store = open_store(self.root, **self.settings)
+
+    @invariant()
+    def keeps_to_its_budget(self):
+        if hasattr(self, "root"):
+            assert directory_bytes(self.root) <= self.limit
+
+    def teardown(self):
+        logging.getLogger("torchcache.storage").setLevel(logging.NOTSET)
+        if not hasattr(self, "root"):
+            return
+        try:
+            forget_environments()
+            if self.store.path.exists():
+                verify(self.store.path)
+        finally:
+            shutil.rmtree(self.root)
+
+
+bounded = settings(max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+StoreModel.TestCase.settings = bounded
+SmallStoreModel.TestCase.settings = bounded
+
+
+class TestStoreAgainstADict(StoreModel.TestCase):
+    pass
+
+
+class TestSmallStore(SmallStoreModel.TestCase):
+    pass

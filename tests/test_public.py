@@ -1,0 +1,107 @@
+"""The public face: what can be imported, and errors that travel between processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import pickle
+import types
+from pathlib import Path
+
+import pytest
+
+import torchcache
+import torchcache.errors
+
+ERRORS = [value for value in vars(torchcache.errors).values() if inspect.isclass(value)]
+
+
+def test_all_is_sorted():
+    assert torchcache.__all__ == sorted(torchcache.__all__)
+
+
+def test_all_is_what_can_be_imported():
+    names = {}
+    exec("from torchcache import *", names)
+    assert set(torchcache.__all__) == names.keys() - {"__builtins__"}
+
+
+def test_every_public_name_is_in_all():
+    for name in dir(torchcache):
+        value = getattr(torchcache, name)
+        is_ours = getattr(value, "__module__", "").startswith("torchcache")
+        if is_ours and not name.startswith("_") and not isinstance(value, types.ModuleType):
+            assert name in torchcache.__all__ or name == "configure_from_environment", name
+
+
+def test_the_decorator_is_no_module_of_the_same_name():
+    assert callable(torchcache.torchcache)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = torchcache.nonsense
+    assert not hasattr(torchcache, "nonsense")
+
+
+def test_dir_lists_every_public_name():
+    assert set(torchcache.__all__) <= set(dir(torchcache))
+
+
+def test_every_public_name_is_documented():
+    for name in torchcache.__all__:
+        assert inspect.getdoc(getattr(torchcache, name)), name
+
+
+def test_types_are_marked():
+    assert (Path(torchcache.__file__).parent / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_every_error_pickles_with_its_evidence(error):
+    original = error("what went wrong")
+    for name in vars(original):
+        setattr(original, name, "evidence")
+    twin = pickle.loads(pickle.dumps(original))
+    assert type(twin) is error
+    assert (str(twin), twin.args, vars(twin)) == (str(original), original.args, vars(original))
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_every_error_has_one_root_and_is_public(error):
+    assert issubclass(error, torchcache.TorchcacheError)
+    assert error.__name__ in torchcache.__all__
+    assert error.__name__ in torchcache.errors.__doc__
+
+
+def test_errors_are_what_callers_catch():
+    assert issubclass(torchcache.ConfigError, (ValueError, TypeError))
+    assert issubclass(torchcache.ConfigError, ValueError)
+    assert issubclass(torchcache.ConfigError, TypeError)
+    assert issubclass(torchcache.UncacheableError, ValueError)
+    assert issubclass(torchcache.UncacheableError, TypeError)
+    assert issubclass(torchcache.StoreError, OSError)
+
+
+# -- the reference page ----------
+
+REFERENCE = (Path(__file__).parents[1] / "docs" / "reference.md").read_text()
+
+
+def test_the_reference_has_every_option_with_its_effect_on_the_module_hash():
+    for option in dataclasses.fields(torchcache.CacheOptions):
+        (line,) = [line for line in REFERENCE.splitlines() if line.startswith(f"| `{option.name}` |")]
+        new_hash = line.split("|")[3].strip()
+        assert (new_hash == "yes") == option.metadata["shapes_key"], line
+
+
+def test_the_reference_has_every_reason_to_bypass():
+    from torchcache.cache import _REMEDIES
+
+    for reason in _REMEDIES:
+        assert f"| `{reason}` |" in REFERENCE
+
+
+def test_the_reference_has_every_public_name():
+    for name in torchcache.__all__:
+        assert f":: torchcache.{name}\n" in REFERENCE, name
