@@ -10,6 +10,7 @@ compression by the seed. The seed chooses victims and batches; when each process
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -57,7 +58,7 @@ def _round(asked: Run, number: int, seconds: float) -> None:
     trial = Trial(asked, asked.directory / f"crowd-{number}", settings, ledger, is_strict=eviction != "lru")
     sampler = Sampler(trial)
     try:
-        with Members(asked, seconds + _END_SECONDS + _AUDIT_SECONDS) as members:
+        with contextlib.closing(Members(asked, seconds + _END_SECONDS + _AUDIT_SECONDS)) as members:
             works = [_write if place < asked.jobs else _read for place in range(places)]
             running = [members.start(works[place], trial, place, f"{number} 0") for place in range(places)]
             start = time.monotonic()
@@ -66,7 +67,7 @@ def _round(asked: Run, number: int, seconds: float) -> None:
                 sampler.look()
                 if now >= KILL_SECONDS * (kills + 1):
                     place = rng.randrange(places)
-                    members.kill(running[place])
+                    members.kill(running[place], sampler.look)
                     kills += 1
                     asked.tally.kills += 1
                     running[place] = members.start(works[place], trial, place, f"{number} {kills}")
@@ -77,7 +78,7 @@ def _round(asked: Run, number: int, seconds: float) -> None:
             members.join(members.start(trial.read_everything, places), _AUDIT_SECONDS, sampler.look)
             sampler.look()
     finally:
-        asked.tally.add(ledger)
+        asked.tally.add(ledger, is_strict=trial.is_strict)
     if not asked.has_failed():
         shutil.rmtree(trial.root)
 

@@ -10,6 +10,7 @@ it makes the store. The seed chooses the instants; what the writer is doing then
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -53,21 +54,21 @@ def _use_directory(asked: Run, number: int, deadline: float) -> None:
     sampler = Sampler(trial)
     is_killed_early = rng.random() < 0.5
     try:
-        with Members(asked, deadline - time.monotonic() + _AUDIT_SECONDS) as members:
+        with contextlib.closing(Members(asked, deadline - time.monotonic() + _AUDIT_SECONDS)) as members:
             for kill in range(rng.randint(1, MOST_KILLS_A_DIRECTORY)):
                 first = [ledger.next_batch(line).number for line in range(asked.jobs)]
                 running = [members.start(_write, trial, line) for line in range(asked.jobs)]
                 time.sleep(rng.uniform(0.0, CREATION_SECONDS if is_killed_early and not kill else MOST_SECONDS))
                 for pid in running:
-                    members.kill(pid)
+                    members.kill(pid, sampler.look)
                     asked.tally.kills += 1
-                members.join(members.start(_look_after, trial, first, f"{number} {kill}"), _AFTER_SECONDS)
+                members.join(members.start(_look_after, trial, first, f"{number} {kill}"), _AFTER_SECONDS, sampler.look)
                 sampler.look()
-                if time.monotonic() > deadline or asked.tally.peak_share > 1 or _is_used_up(trial):
+                if time.monotonic() > deadline or _is_used_up(trial):
                     break
             members.join(members.start(trial.read_everything, asked.jobs), _AUDIT_SECONDS)
     finally:
-        asked.tally.add(ledger)
+        asked.tally.add(ledger, is_strict=True)
     if not asked.has_failed():
         shutil.rmtree(trial.root)
 

@@ -67,14 +67,15 @@ class Ledger:
     def acknowledged(self, line: int, start: int = 0) -> list[Batch]:
         """Return the batches of ``line`` from number ``start`` on that were acknowledged."""
         stop = int(self._next[line]) + 1
-        return [Batch(line, start + int(i)) for i in np.flatnonzero(self._acknowledged[line, start:stop])]
+        return [Batch(line, start + int(i)) for i in np.flatnonzero(self._acknowledged[line, start:stop].copy())]
 
     def any_batch(self, rng: random.Random) -> Batch:
         """Return a batch that was acknowledged, often a late one, or any that may come to be written."""
         line = rng.randrange(self.n_lines)
         choice = rng.random()
         latest = int(self._next[line])
-        numbers = np.flatnonzero(self._acknowledged[line, : latest + 1])
+        # A copy: NumPy raises if others change what it counts.
+        numbers = np.flatnonzero(self._acknowledged[line, : latest + 1].copy())
         if choice < 0.2 or not len(numbers):
             return Batch(line, rng.randrange(latest + 2) % MOST_BATCHES)
         return Batch(line, int(rng.choice(numbers[-64:] if choice < 0.6 else numbers)))

@@ -8,7 +8,6 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from stress.values import ViolationError
@@ -19,7 +18,7 @@ _DEATH_SECONDS = 30.0
 
 
 class Members:
-    """Children of this program; those that still run are killed on leaving the ``with`` block.
+    """Children of this program; ``close`` kills those that still run.
 
     Args:
         run: Where a member that fails tells why.
@@ -31,12 +30,8 @@ class Members:
         self._most_seconds = most_seconds
         self._running: set[int] = set()
 
-    def __enter__(self) -> Members:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Kill whoever still runs."""
         for pid in self._running:
             os.kill(pid, signal.SIGKILL)
         for pid in self._running:
@@ -62,14 +57,14 @@ class Members:
         finally:
             os._exit(status)
 
-    def kill(self, pid: int) -> None:
-        """Kill a member, whatever it is doing.
+    def kill(self, pid: int, look: Callable[[], None] = lambda: None) -> None:
+        """Kill a member, whatever it is doing; ``look`` is called every 10 ms until it is gone.
 
         Raises:
             ViolationError: If it had ended already.
         """
         os.kill(pid, signal.SIGKILL)
-        status = self._wait(pid, _DEATH_SECONDS, lambda: None)
+        status = self._wait(pid, _DEATH_SECONDS, look)
         if status != -signal.SIGKILL:
             raise ViolationError("ended", f"a member ended with status {status} before it was killed")
 

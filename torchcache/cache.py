@@ -560,7 +560,9 @@ class Cache:
             zstd_level=options.zstd_compression_level if options.zstd_compression else None,
             lock_timeout_seconds=options.lock_timeout_seconds,
         )
-        return LmdbStore(CacheDirectory(path), module_hash, settings)
+        store = LmdbStore(CacheDirectory(path), module_hash, settings)
+        store.announce()
+        return store
 
     def _need_store(self) -> LmdbStore:
         assert self._store is not None

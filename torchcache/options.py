@@ -109,7 +109,7 @@ def _directory(name: str, value: object) -> Path | None:
     if value is None:
         return None
     if isinstance(value, (str, os.PathLike)) and str(value):
-        return Path(os.fsdecode(value)).expanduser()
+        return Path(os.fsdecode(value)).expanduser().absolute()  # the program may change its directory
     raise ConfigError(f"{name}={value!r} must be a path (str or pathlib.Path) or None", argument=name)
 
 

@@ -6,6 +6,7 @@ handle). Transactions run inside the process gate and hold nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import stat
@@ -131,6 +132,8 @@ class Environment:
                 raise
             logger.warning("%s; it is set aside and started afresh", error)
         with _translated(self.path):
+            with contextlib.suppress(OSError):
+                os.rmdir(self.path)  # the empty place that announce() made
             if os.path.lexists(self.path):
                 self.close()
                 self.directory.set_aside(self.name, _SET_ASIDE)
@@ -142,6 +145,18 @@ class Environment:
                 return False
         self._create()
         return True
+
+    def announce(self) -> None:
+        """Make the empty directory that the environment will take the place of.
+
+        So its name can be seen before the first commit.
+
+        Raises:
+            StoreError: If it cannot be made.
+        """
+        with _translated(self.path):
+            if not os.path.lexists(self.path):
+                self.path.mkdir(mode=0o700, exist_ok=True)
 
     def creation_bytes(self) -> int:
         """Return a bound of the bytes that a new environment takes."""

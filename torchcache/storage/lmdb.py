@@ -116,6 +116,10 @@ class LmdbStore:
         """How large a commit should be at most: small against the budget."""
         return min(_MOST_COMMIT_BYTES, max(1, self._settings.budget_bytes // budget.COMMIT_SHARE))
 
+    def announce(self) -> None:
+        """Show the name of the subdirectory before anything is stored in it."""
+        self._environment.announce()
+
     def is_full(self) -> bool:
         """Tell whether writing is pointless for now, so that packing can be saved."""
         return self._budget.is_resting()
