@@ -30,6 +30,9 @@ logger = logging.getLogger(__name__)
 #: The layout of the databases and of the records in them; another one is never touched.
 FORMAT = b"torchcache-1"
 
+#: The kind of fault of an environment that another process removed a moment ago.
+ABSENT = "absent"
+
 FORMAT_KEY = b"a format"
 _LEAST_MAP_BYTES = 64 << 30
 _SMALLEST_MAP_BYTES = 64 << 20
@@ -245,7 +248,8 @@ class Environment:
             try:
                 self._handles = self._open()
             except StoreError as error:
-                self._failure, self._retry_at = error, now + _RETRY_SECONDS
+                if error.kind != ABSENT:
+                    self._failure, self._retry_at = error, now + _RETRY_SECONDS
                 raise
             self._checked_at = now
             return self._handles
@@ -400,6 +404,8 @@ _KINDS: dict[type[BaseException], str] = {
 
 
 def _raise_translated(path: Path, error: BaseException) -> NoReturn:
+    if isinstance(error, FileNotFoundError):
+        raise StoreError(f"{path} is gone", kind=ABSENT) from error
     if isinstance(error, lmdb.Error):
         raise StoreError(f"{path}: {error}", kind=_KINDS.get(type(error), "lmdb")) from error
     if isinstance(error, (OSError, MemoryError, RuntimeError)) and not isinstance(error, StoreError):

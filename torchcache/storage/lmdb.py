@@ -36,7 +36,7 @@ from torchcache.layout import Rows
 from torchcache.storage import budget
 from torchcache.storage.contract import Lookup, Packed, Written
 from torchcache.storage.directory import CacheDirectory
-from torchcache.storage.environment import shared_environment
+from torchcache.storage.environment import ABSENT, shared_environment
 from torchcache.storage.record import MAX_VALUE_BYTES, digest_of, length_of, pack_rows, unpack_many
 
 logger = logging.getLogger(__name__)
@@ -128,12 +128,21 @@ class LmdbStore:
         return self._directory.used_bytes()
 
     def get_many(self, namespace: bytes, digests: Sequence[bytes]) -> Lookup:
+        nothing = Lookup([], list(range(len(digests))))
         if not self._environment.is_present():
-            return Lookup([], list(range(len(digests))))
+            return nothing
+        try:
+            return self._get_many(namespace, digests) or nothing
+        except StoreError as error:
+            if error.kind == ABSENT:
+                return nothing
+            raise
+
+    def _get_many(self, namespace: bytes, digests: Sequence[bytes]) -> Lookup | None:
         with self._environment.reading() as txn:
             entry = _read_namespace(txn, namespace)
             if entry is None:
-                return Lookup([], list(range(len(digests))))
+                return None
             records, segments = _read_records(txn, entry.number, digests)
             found, missing, corrupt = unpack_many(namespace, digests, records)
             if corrupt:
