@@ -259,6 +259,8 @@ def test_code_counts_whatever_its_module_is_called(name):
 
 def test_a_module_of_ones_own_is_walked_and_one_of_the_standard_library_is_not(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
+    # A .pyc of the same size and second would be taken for the new file's.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
 
     def with_helper(body):
         (tmp_path / "own_helpers.py").write_text(body)

@@ -264,9 +264,13 @@ class Environment:
                 self._allocate_lock_file(self.path)
                 for name in ("data.mdb", "lock.mdb"):
                     _check_file(self.path / name)
-                env = self._open_env(
-                    f"/proc/self/fd/{descriptor}" if os.path.isdir("/proc/self/fd") else str(self.path)
-                )
+                pinned = f"/proc/self/fd/{descriptor}"
+                try:
+                    env = self._open_env(pinned if os.path.isdir(pinned) else str(self.path))
+                except lmdb.Error as error:
+                    if os.fstat(descriptor).st_nlink:
+                        raise
+                    raise FileNotFoundError(str(self.path)) from error  # removed while it was being opened
                 inode = os.stat("data.mdb", dir_fd=descriptor).st_ino
             finally:
                 os.close(descriptor)

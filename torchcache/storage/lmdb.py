@@ -262,8 +262,13 @@ class LmdbStore:
 
     @contextmanager
     def _turn(self, cancel: Callable[[], bool] | None) -> Iterator[None]:
-        with self._directory.turn(self._settings.lock_timeout_seconds, cancel):
-            yield
+        try:
+            with self._directory.turn(self._settings.lock_timeout_seconds, cancel):
+                yield
+        except OSError as error:
+            if isinstance(error, StoreError):
+                raise
+            raise StoreError(f"{self._directory.path}: {error}", kind="directory") from error
 
     # -- making room --------------------------------------------------------------------------------------------
 
