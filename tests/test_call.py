@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchcache import UncacheableError, cache_of, torchcache
+from torchcache import UncacheableError, cache_of, disabled, torchcache
 from torchcache.layout import DTYPE_SIZES
 
 DTYPES = [dtype for name in DTYPE_SIZES if (dtype := getattr(torch, name, None)) is not None]
@@ -1640,3 +1640,59 @@ def test_a_global_that_the_forward_only_reads_counts(monkeypatch):
     assert torch.equal(function(x), x)
     monkeypatch.setitem(globals(), "FACTOR", 3)
     assert torch.equal(function(x)[:, 1:], x[:, 1:] * 3)
+
+
+# -- faults of the machine and of foreign objects ----------
+
+
+class Unreadable:
+    """Has neither a name nor attributes, and fails when asked."""
+
+    __slots__ = ()
+
+    def __repr__(self):
+        raise OSError("gone")
+
+
+def test_an_attribute_that_cannot_be_read_turns_the_cache_off_and_breaks_nothing():
+    module = torchcache()(nn.Linear(4, 4).requires_grad_(False))
+    x = torch.randn(3, 4)
+    expected = module(x)
+    module.handle = Unreadable()
+    assert torch.equal(module(x), expected)
+    stats = cache_of(module).stats()
+    assert stats.bypasses == {"unreadable_state": 1}
+    assert stats.faults == {"OSError": 1}
+    del module.handle
+    module(x)
+    assert cache_of(module).stats().memory_hits == 3
+
+
+@pytest.mark.parametrize("known_rows", [0, 2])
+def test_without_memory_for_a_copy_the_result_is_computed(monkeypatch, known_rows):
+    module = torchcache()(nn.Linear(4, 4).requires_grad_(False))
+    x = torch.randn(5, 4)
+    with disabled():
+        expected = module(x)
+    if known_rows:
+        module(x[:known_rows])
+
+    def fails(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("torchcache.cache.take_apart", fails)
+    assert torch.allclose(module(x), expected)
+    assert cache_of(module).stats().bypasses == {"out_of_memory": 1}
+
+
+def test_without_memory_for_the_hits_the_result_is_computed(monkeypatch):
+    module = torchcache()(nn.Linear(4, 4).requires_grad_(False))
+    x = torch.randn(5, 4)
+    expected = module(x)
+
+    def fails(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr("torchcache.cache.put_together", fails)
+    assert torch.allclose(module(x), expected)
+    assert cache_of(module).stats().bypasses == {"out_of_memory": 1}

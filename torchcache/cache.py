@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from torchcache import process
-from torchcache.errors import StoreError, UncacheableError
+from torchcache.errors import StoreError, TorchcacheError, UncacheableError
 from torchcache.keys.code import CodeWalk, unwrap, walk_code
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.state import StateTracker
@@ -72,8 +72,8 @@ _REMEDIES = {
     "state_changes_at_every_call": "weights or plain attributes change at every call; it is cached again when they "
     "stand still",
     "rows_do_not_stack": "the rows of one batch have results of different shapes",
-    "data_parallel_replica": "DataParallel makes a copy of the module at every call; use "
-    "DistributedDataParallel, or decorate the module and call it outside",
+    "out_of_memory": "there is no memory for a copy of the batch",
+    "unreadable_state": "an attribute of the module cannot be read; see the fault in the log",
     "export_or_trace": "the call is being exported, traced or scripted",
 }  # fmt: skip
 _OTHER_REMEDY = "a cached call takes and returns plain strided tensors; convert it before the call"
@@ -230,12 +230,7 @@ class Cache:
         reason = batch.bypass_reason()
         if reason:
             return self._bypass(reason, function, args, kwargs, rows=batch.n)
-        tracker = self._known().tracker
-        with self._lock:
-            namespace = tracker.fingerprint()
-            reason = tracker.bypass_reason or self._grad_reason(tracker)
-        if namespace in self._random_namespaces:
-            reason = "random_numbers"
+        namespace, reason = self._namespace()
         if reason:
             return self._bypass(reason, function, args, kwargs, rows=batch.n)
         if not batch.n:
@@ -243,13 +238,31 @@ class Cache:
                 output = function(*args, **kwargs)
             return output.detach() if isinstance(output, torch.Tensor) else output
         self._open()
-        digests = batch.digests()
-        found, missing = self._look_up(namespace, digests)
-        if len({item.layout for item in found}) > 1:
-            return self._bypass("rows_do_not_stack", function, args, kwargs, rows=batch.n)
-        if not missing:
-            return self._assemble(found, batch)
+        try:
+            digests = batch.digests()
+            found, missing = self._look_up(namespace, digests)
+            if len({item.layout for item in found}) > 1:
+                return self._bypass("rows_do_not_stack", function, args, kwargs, rows=batch.n)
+            if not missing:
+                return self._assemble(found, batch)
+        except MemoryError:
+            return self._bypass("out_of_memory", function, args, kwargs, rows=batch.n)
         return self._compute(function, args, kwargs, batch, namespace, digests, found, missing)
+
+    def _namespace(self) -> tuple[bytes, str | None]:
+        """Name the present state, and say why a call in it is not cached, if so."""
+        try:
+            tracker = self._known().tracker
+            with self._lock:
+                namespace, reason = tracker.fingerprint(), tracker.bypass_reason
+        except TorchcacheError:
+            raise
+        except Exception as error:  # noqa: BLE001 - whatever a foreign __repr__ or __eq__ raises
+            self.on_fault(error, 0)
+            return b"", "unreadable_state"
+        if namespace in self._random_namespaces:
+            reason = "random_numbers"
+        return namespace, reason or self._grad_reason(tracker)
 
     def _look_up(self, namespace: bytes, digests: Sequence[bytes]) -> tuple[list[Found], list[int]]:
         """Ask memory, the write queue and the disk in turn; what the disk gives goes to memory too."""
@@ -330,7 +343,10 @@ class Cache:
             output = function(*forwarded[0], **forwarded[1])
         if isinstance(output, torch.Tensor) and (kind := unsupported_kind(output)):
             return self._result_of_bypass(kind, output, forwarded, function, args, kwargs, batch)
-        layout, data, overflowed = take_apart(output, len(unique), self.options.cache_dtype)
+        try:
+            layout, data, overflowed = take_apart(output, len(unique), self.options.cache_dtype)
+        except (MemoryError, torch.cuda.OutOfMemoryError):
+            return self._result_of_bypass("out_of_memory", output, forwarded, function, args, kwargs, batch)
         self._counters.add(misses=len(unique), duplicates=len(missing) - len(unique))
         self._note_overflow(overflowed)
         self._output_device = output.device
@@ -601,7 +617,7 @@ class Cache:
     def _result_of_bypass(
         self,
         reason: str,
-        output: torch.Tensor,
+        output: object,
         forwarded: tuple[tuple[Any, ...], Mapping[str, Any]],
         function: Function,
         args: tuple[Any, ...],
