@@ -22,11 +22,12 @@ import math
 import struct
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import lmdb
 import msgpack
@@ -128,32 +129,30 @@ class LmdbStore:
         return self._directory.used_bytes()
 
     def get_many(self, namespace: bytes, digests: Sequence[bytes]) -> Lookup:
-        nothing = Lookup([], list(range(len(digests))))
         if not self._environment.is_present():
-            return nothing
+            return Lookup([], list(range(len(digests))))
         try:
-            return self._get_many(namespace, digests) or nothing
+            with self._environment.reading() as txn:
+                entry = _read_namespace(txn, namespace)
+                if entry is None:
+                    return Lookup([], list(range(len(digests))))
+                records, segments = _read_records(txn, entry.number, digests)
+                found, missing, corrupt = unpack_many(namespace, digests, records)
+                if corrupt:
+                    self._doubt(entry.number, [digests[p] for p in missing if records[p] is not None])
+                del records  # views end with the transaction
         except StoreError as error:
             if error.kind == ABSENT:
-                return nothing
+                return Lookup([], list(range(len(digests))))
             raise
-
-    def _get_many(self, namespace: bytes, digests: Sequence[bytes]) -> Lookup | None:
-        with self._environment.reading() as txn:
-            entry = _read_namespace(txn, namespace)
-            if entry is None:
-                return None
-            records, segments = _read_records(txn, entry.number, digests)
-            found, missing, corrupt = unpack_many(namespace, digests, records)
-            if corrupt:
-                prefix = _prefix(b"i", entry.number)
-                self._doubtful.update(
-                    prefix + digests[p][:_INDEX_DIGEST_BYTES] for p in missing if records[p] is not None
-                )
-            del records  # views end with the transaction
         if self._settings.eviction == "lru" and len(self._recent) < _MOST_RECENT:
             self._recent.update(dict.fromkeys((b"r" + key[1:] for key in segments), _now()))
         return Lookup(found, missing, corrupt)
+
+    def _doubt(self, number: int, digests: Sequence[bytes]) -> None:
+        """Remember records that failed a check: the next write of their samples replaces them."""
+        prefix = _prefix(b"i", number)
+        self._doubtful.update(prefix + digest[:_INDEX_DIGEST_BYTES] for digest in digests)
 
     def needs_touch(self, namespace: bytes) -> bool:
         """Tell whether a read of ``namespace`` should be noted on disk; at most once in ten minutes."""
@@ -452,27 +451,30 @@ class _Write:
 
 def _read_records(
     txn: lmdb.Transaction, number: int, digests: Sequence[bytes]
-) -> tuple[list[memoryview | None], set[bytes]]:
+) -> tuple[list[memoryview | None], Collection[bytes]]:
     """Return a view of each digest's record, or None, and the keys of the segments they lie in."""
     prefix, segment_prefix = _prefix(b"i", number), _prefix(b"s", number)
     get, unpack = txn.get, _LOCATION.unpack
-    locations = [get(prefix + digest[:_INDEX_DIGEST_BYTES]) for digest in digests]
     records: list[memoryview | None] = []
-    loaded: dict[bytes, memoryview] = {}
-    for location in locations:
+    loaded: dict[bytes, Any] = {}
+    for digest in digests:
+        location = get(prefix + digest[:_INDEX_DIGEST_BYTES])
         if location is None:
             records.append(None)
             continue
         key = segment_prefix + location[:4]
-        segment = loaded.get(key)
+        segment: Any = loaded.get(key)
         if segment is None:
-            segment = loaded[key] = memoryview(get(key, b""))
+            segment = loaded[key] = get(key, _NOTHING)
         try:
             _, offset, length = unpack(location)
         except struct.error:
             offset, length = 0, 1  # a damaged entry: a record of one byte fails every check
         records.append(segment[offset : offset + length] if length else segment[offset:])
-    return records, set(loaded)
+    return records, loaded.keys()
+
+
+_NOTHING = memoryview(b"")
 
 
 def _read_namespace(txn: lmdb.Transaction, fingerprint: bytes) -> Namespace | None:
@@ -579,6 +581,7 @@ def _walk_records(segment: bytes) -> Iterator[memoryview]:
         view = view[length:]
 
 
+@lru_cache(maxsize=4096)
 def _prefix(kind: bytes, number: int) -> bytes:
     return kind + number.to_bytes(3, "big")
 
