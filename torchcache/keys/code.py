@@ -457,8 +457,12 @@ def _note_writes_in(code: types.CodeType, self_name: str, writes: Writes) -> Non
         elif opname in _LOADS_GLOBAL or opname in _LOADS_CELL:
             stack += [_UNKNOWN] * (effect - 1)
             stack.append(("self", "") if argument == self_name else ("name", argument))
-        elif opname.startswith("LOAD_FAST") and effect == 1:
-            stack.append(("self", "") if argument == self_name else _UNKNOWN)
+        elif opname.startswith("LOAD_FAST"):  # from 3.13 on, one instruction may load two variables
+            loaded = argument if isinstance(argument, tuple) else (argument,)
+            stack += [("self", "") if name == self_name else _UNKNOWN for name in loaded]
+        elif opname == "STORE_FAST_LOAD_FAST":
+            pop(1)
+            stack.append(("self", "") if argument[1] == self_name else _UNKNOWN)
         elif opname.startswith(_PUSHES_NOTHING):
             if effect > 0:
                 stack += [_UNKNOWN] * effect
