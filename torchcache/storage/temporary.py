@@ -25,6 +25,7 @@ _VARIABLE = "TORCHCACHE_TEMPORARY_DIR"
 
 #: A directory without a lock may be one that is being made at this moment.
 _GRACE_SECONDS = 60.0
+_REMOVE_TRIES = 3
 
 _lock = process.ForkLock()
 _directory: Path | None = None
@@ -65,7 +66,10 @@ def temporary_directory() -> Path:
 
 def _remove_own() -> None:
     if _directory is not None:
-        shutil.rmtree(_directory, ignore_errors=True)
+        for _ in range(_REMOVE_TRIES):  # a daemon thread may put something into it meanwhile
+            shutil.rmtree(_directory, ignore_errors=True)
+            if not _directory.exists():
+                break
         if os.environ.get(_VARIABLE) == str(_directory):
             del os.environ[_VARIABLE]
 

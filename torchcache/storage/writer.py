@@ -202,12 +202,19 @@ class Writer:
 
     def end(self) -> None:
         """Commit what is accepted, within the flush timeout; accept nothing more. Says what was lost."""
+        deadline = time.monotonic() + self._flush_seconds
         self.flush(self._flush_seconds)
         with self._changed:
             self._is_ended = True
-            lost = sum(job.n for job in (*self._waiting, *self._under_way))
+            lost = sum(job.n for job in self._waiting)
+            for job in self._waiting:
+                self._forget(job)
             self._waiting.clear()
             self._changed.notify_all()
+            # Another thread may have gone on writing: its last commit must not meet the removal of a
+            # temporary directory.
+            self._changed.wait_for(lambda: not self._under_way, timeout=max(0.0, deadline - time.monotonic()))
+            lost += sum(job.n for job in self._under_way)
         if lost:
             logger.warning(
                 "%d rows were not committed within flush_timeout_seconds=%g at the end of the program and "
