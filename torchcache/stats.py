@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from torchcache.process import ForkLock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +64,7 @@ class Counters:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = ForkLock()
         self._plain: Counter[str] = Counter()
         self._grouped: dict[str, Counter[str]] = {}
 
@@ -83,7 +84,3 @@ class Counters:
         with self._lock:
             grouped = {name: dict(counts) for name, counts in self._grouped.items()}
             return {**self._plain, **grouped}
-
-    def reset_lock(self) -> None:
-        """Replace the lock; for a forked child, where another thread may have held it."""
-        self._lock = threading.Lock()

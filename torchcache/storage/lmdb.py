@@ -220,12 +220,16 @@ class LmdbStore:
     def _start_afresh(self) -> None:
         """Replace a file that has grown into the reserve: LMDB's files do not shrink, so deleting does not help."""
         logger.info("%s has grown to its budget and is started afresh (eviction='lru')", self.path)
+        self._remove_environment()
+        self._ensure_environment()
+
+    def _remove_environment(self) -> None:
+        """Remove the environment with all that is remembered of it; the turn is held."""
         self._environment.close()
         self._directory.remove(self._environment.name)
         self._directory.measure()
         self._doubtful.clear()
         self._recent.clear()
-        self._ensure_environment()
 
     def _ensure_environment(self) -> bool:
         """Make the environment if it is not there, and room for it where the policy allows that."""
@@ -249,11 +253,7 @@ class LmdbStore:
 
     def delete_all(self) -> None:
         with self._turn(None):
-            self._environment.close()
-            self._directory.remove(self._environment.name)
-            self._directory.measure()
-        self._doubtful.clear()
-        self._recent.clear()
+            self._remove_environment()
         self._budget.wake()
 
     def close(self) -> None:
