@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import hits, layout
+from benchmarks import hits, layout, state_check, wrong_hits
 from benchmarks.workload import BenchmarkError
 
 
@@ -15,9 +15,13 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     hits.add_arguments(commands.add_parser("hits", help="hits, side by side with torchcache 0.6.0"))
     layout.add_arguments(commands.add_parser("layout", help="how rows lie on disk: bytes, reads, writes"))
+    state_check.add_arguments(commands.add_parser("state", help="the check of the weights at every call"))
+    wrong_hits.add_arguments(
+        commands.add_parser("wrong-hits", help="every way in which a cached result could be wrong, with rivals")
+    )
     args = parser.parse_args()
     try:
-        return {"hits": hits, "layout": layout}[args.command].run(args)
+        return {"hits": hits, "layout": layout, "state": state_check, "wrong-hits": wrong_hits}[args.command].run(args)
     except BenchmarkError as error:
         print(f"benchmarks {args.command}: {error}", file=sys.stderr)
         return 1

@@ -25,10 +25,13 @@ FLOATS = [dtype for dtype in DTYPES if dtype.is_floating_point]
 
 
 def make(forward, **options):
-    """Decorate ``forward(x)`` as a function; return it and the list of the batches that reached it."""
+    """Decorate ``forward(x)`` as a function; return it and the list of the batches that reached it.
+
+    The row that ``check_rows`` adds once is another file's matter.
+    """
     seen = []
 
-    @torchcache(**options)
+    @torchcache(**{"check_rows": False, **options})
     def function(x):
         seen.append(x)
         return forward(x)
@@ -292,7 +295,7 @@ def test_threads_may_call_the_same_module_at_once(tier):
     with ThreadPoolExecutor(6) as pool:
         assert all(pool.map(work, range(6)))
     stats = stats_of(module)
-    assert stats.hits + stats.misses + stats.duplicates == 6 * 30 * 8
+    assert stats.hits + stats.misses + stats.duplicates + stats.shared_rows == 6 * 30 * 8
     assert not stats.bypasses
     assert not stats.faults
 
@@ -1476,12 +1479,12 @@ def test_an_argument_that_cannot_be_named_is_refused(value):
 
 @pytest.mark.parametrize(
     "output",
-    [lambda x: (x, x), lambda x: {"x": x}, lambda _x: None, lambda _x: 3],
-    ids=["tuple", "dict", "None", "int"],
+    [lambda _x: None, lambda _x: 3, lambda _x: {"a": [1]}, lambda _x: ()],
+    ids=["None", "int", "dict", "tuple"],
 )
-def test_an_output_that_is_no_tensor_is_refused(output):
+def test_an_output_without_any_tensor_is_refused(output):
     function, _ = make(output)
-    assert "not a tensor" in str(refusal_of(function, batch()))
+    assert "tensor" in str(refusal_of(function, batch()))
 
 
 @pytest.mark.parametrize("output", [lambda x: x.sum(), lambda x: x[:1], lambda x: x.t()], ids=["0-d", "one", "turned"])
@@ -1652,6 +1655,8 @@ class Unreadable:
 
     def __repr__(self):
         raise OSError("gone")
+
+    __reduce_ex__ = __repr__
 
 
 def test_an_attribute_that_cannot_be_read_turns_the_cache_off_and_breaks_nothing():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
@@ -239,6 +241,87 @@ def test_clear_frees_everything():
     assert len(get(tier, range(3))) == 3
 
 
+def test_it_says_what_is_there_and_that_is_no_use_of_it():
+    tier = MemoryTier(1000, CPU)
+    put(tier, range(10), 100)
+    assert tier.has_many(HERE, [digest(n) for n in (3, 99, 3, 0)]) == [True, False, True, True]
+    assert tier.has_many(THERE, [digest(3)]) == [False]
+    assert tier.has_many(HERE, []) == []
+    get(tier, range(1, 10))
+    assert tier.has_many(HERE, [digest(0)]) == [True]
+    put(tier, [50], 100)
+    assert tier.has_many(HERE, [digest(0)]) == [False]
+
+
+def test_deleted_rows_are_gone_and_can_be_put_anew():
+    tier = MemoryTier(100_000, CPU)
+    put(tier, range(10), 100)
+    put(tier, range(10), 40, THERE)
+    assert tier.delete_many(HERE, [digest(n) for n in (2, 77, 5, 2)]) == 2
+    assert tier.delete_many(b"x" * 16, [digest(2)]) == 0
+    assert set(get(tier, range(10))) == set(range(10)) - {2, 5}
+    assert len(get(tier, range(10), THERE)) == 10
+    put(tier, range(4), 7)
+    assert {n: len(row) for n, row in get(tier, range(4)).items()} == {0: 100, 1: 100, 2: 7, 3: 100}
+    check_invariants(tier)
+
+
+def test_a_slab_is_freed_with_its_last_row():
+    tier = MemoryTier(1_000_000, CPU)
+    put(tier, range(100), 100)
+    put(tier, range(100, 150), 200)
+    tier.delete_many(HERE, [digest(n) for n in range(99)])
+    assert tier.usage() == (51, 100 * 100 + 50 * 200)
+    tier.delete_many(HERE, [digest(99)])
+    assert tier.usage() == (50, 50 * 200)
+    tier.delete_many(HERE, [digest(n) for n in range(100, 150)])
+    assert tier.usage() == (0, 0)
+    check_invariants(tier)
+    assert (tier._places, tier._slabs) == ({}, {})
+
+
+def test_a_freed_slab_is_not_kept_by_what_is_lined_up_to_be_evicted():
+    tier = MemoryTier(100_000, CPU)
+    for start in range(0, 4000, 100):
+        put(tier, range(start, start + 100), 100)
+    slabs = [weakref.ref(slab) for slab in tier._slabs.values()]
+    assert len(slabs) > 1
+    tier.delete_namespace(HERE)
+    gc.collect()
+    assert [slab for slab in slabs if slab() is not None] == []
+
+
+def test_a_deleted_namespace_leaves_the_others():
+    tier = MemoryTier(100_000, CPU)
+    for nbytes in (100, 40):
+        put(tier, range(nbytes, nbytes + 20), nbytes)
+        put(tier, range(nbytes, nbytes + 20), nbytes, THERE)
+    tier.delete_namespace(HERE)
+    tier.delete_namespace(b"x" * 16)
+    assert get(tier, range(200)) == {}
+    assert len(get(tier, range(200), THERE)) == 40
+    check_invariants(tier)
+
+
+def check_invariants(tier):
+    """The dictionaries have exactly the digests of the used slots, and the sums are right."""
+    used = {}
+    for slab in tier._slabs.values():
+        assert slab in tier._shelves[slab.layout]
+        free = set(slab.free)
+        assert len(free) == len(slab.free) < slab.filled
+        for slot, owner in enumerate(slab.owners):
+            assert (owner is None) == (slot in free)
+            if owner is not None:
+                used[owner] = slab.number << 32 | slot
+    assert used == {(name, d): code for name, places in tier._places.items() for d, code in places.items()}
+    assert all(tier._places.values())
+    assert sum(map(len, tier._shelves.values())) == len(tier._slabs)
+    assert tier._rows == len(used)
+    assert tier._bytes == sum(slab.filled * slab.layout.nbytes for slab in tier._slabs.values())
+    assert tier._slots == sum(slab.filled for slab in tier._slabs.values())
+
+
 def test_a_limit_of_nothing_holds_nothing():
     tier = MemoryTier(0, CPU)
     put(tier, range(3), 100)
@@ -257,11 +340,15 @@ def test_threads_get_whole_rows():
             nbytes = int(generator.choice([50, 51, 500]))
             put(tier, [n * 3 + (nbytes % 3) for n in numbers], nbytes)
             get(tier, range(*sorted(generator.integers(0, 1200, 2).tolist())))
+            tier.delete_many(HERE, [digest(int(n)) for n in generator.integers(0, 1200, 5)])
+            if generator.random() < 0.05:
+                tier.delete_namespace(HERE)
             assert tier.usage()[1] <= 20_000
         return True
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
+    check_invariants(tier)
 
 
 # -- against a model ----------
@@ -310,6 +397,22 @@ class AgainstAnOrderedDict(RuleBasedStateMachine):
         if taken:
             assert self.tier.usage()[0] >= len(taken)
 
+    @rule(numbers=numbers)
+    def delete(self, numbers):
+        keys = [number * len(SIZES) + i for number in numbers for i in range(len(SIZES))]
+        there = sum(self.tier.has_many(HERE, [digest(key) for key in keys]))
+        assert self.tier.delete_many(HERE, [digest(key) for key in keys]) == there
+        assert not any(self.tier.has_many(HERE, [digest(key) for key in keys]))
+        for key in keys:
+            self.used_at.pop(key, None)
+
+    @precondition(lambda self: self.used_at)
+    @rule()
+    def delete_namespace(self):
+        self.tier.delete_namespace(HERE)
+        self.used_at.clear()
+        assert self.tier.usage() == (0, 0)
+
     @precondition(lambda self: self.used_at)
     @rule()
     def clear(self):
@@ -323,6 +426,7 @@ class AgainstAnOrderedDict(RuleBasedStateMachine):
             n, used = self.tier.usage()
             assert used <= self.limit
             assert n <= len(self.used_at)
+            check_invariants(self.tier)
 
     def teardown(self):
         if hasattr(self, "tier"):

@@ -33,6 +33,8 @@ OTHER = {
     "version": "2",
     "eviction": "none",
     "when_grad": "bypass",
+    "check_rows": False,
+    "verify_hits": 0.01,
     "queue_bytes": 1e6,
     "queue_timeout_seconds": 1.0,
     "lock_timeout_seconds": 1.0,
@@ -64,6 +66,7 @@ def test_the_defaults_are_those_of_the_design():
     assert options.zstd_compression_level == 3
     assert options.version is None
     assert (options.eviction, options.when_grad) == ("stale", "detach")
+    assert (options.check_rows, options.verify_hits) == (True, 0.0)
     assert (options.queue_timeout_seconds, options.lock_timeout_seconds) == (5, 2)
 
 

@@ -96,9 +96,9 @@ def test_the_reference_has_every_option_with_its_effect_on_the_module_hash():
 
 
 def test_the_reference_has_every_reason_to_bypass():
-    from torchcache.cache import _REMEDIES
+    from torchcache.reasons import REMEDIES
 
-    for reason in _REMEDIES:
+    for reason in REMEDIES:
         assert f"| `{reason}` |" in REFERENCE
 
 

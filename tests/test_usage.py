@@ -69,10 +69,13 @@ def run_script(text: str, folder: Path, *arguments: object, **environment: str) 
 
 
 def make_counted(options=None):
-    """Return a decorated module, and a list that gets the number of rows of each forward."""
+    """Return a decorated module, and a list that gets the number of rows of each forward.
+
+    The row that ``check_rows`` adds once is another file's matter.
+    """
     computed = []
 
-    @torchcache(**(options or {}))
+    @torchcache(check_rows=False, **(options or {}))
     class Counted(nn.Module):
         def __init__(self):
             super().__init__()

@@ -15,6 +15,7 @@ from torchcache.errors import (
     TorchcacheError,
     UncacheableError,
 )
+from torchcache.explanation import Explanation, SampleExplanation
 from torchcache.log import configure_from_environment, set_logger_config
 from torchcache.stats import CacheStats
 
@@ -31,6 +32,8 @@ __all__ = [
     "CacheStats",
     "ConfigError",
     "CorruptRecordError",
+    "Explanation",
+    "SampleExplanation",
     "StoreError",
     "TorchcacheError",
     "UncacheableError",

@@ -3,45 +3,50 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import random
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from operator import attrgetter
 from pathlib import Path
 from threading import local
+from types import FunctionType
 from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from torch import nn
 
 from torchcache import process
-from torchcache.errors import StoreError, TorchcacheError, UncacheableError
-from torchcache.keys.code import CodeWalk, unwrap, walk_code
+from torchcache.errors import ConfigError, CorruptRecordError, StoreError, TorchcacheError, UncacheableError
+from torchcache.explanation import Explanation, SampleExplanation
+from torchcache.flights import Flight, Flights
+from torchcache.identity import Function, Identity, Look, Target
+from torchcache.keys.code import unwrap
 from torchcache.keys.digest import digest_parts
-from torchcache.keys.state import StateTracker
-from torchcache.layout import Found, Rows, empty_rows
+from torchcache.layout import Bytes2D, Found, Layout, Rows, empty_rows
 from torchcache.log import warn_once
 from torchcache.memory import MemoryTier
 from torchcache.options import CacheOptions
-from torchcache.samples import (
-    Batch,
-    CallSignature,
+from torchcache.outputs import (
+    detached,
+    devices_of,
+    flatten,
     is_known,
+    plain_numbers,
     put_together,
     rounded,
     take_apart,
-    unsupported_kind,
+    unsupported_leaf,
 )
+from torchcache.reasons import remedy_for
+from torchcache.recheck import Verdicts, Witness, row_distance, tolerance
+from torchcache.samples import Batch, CallSignature
 from torchcache.stats import CacheStats, Counters
-from torchcache.storage.contract import Written
+from torchcache.storage.contract import Verdict, Written
 from torchcache.storage.directory import CacheDirectory
 from torchcache.storage.lmdb import LmdbStore, StoreSettings
-from torchcache.storage.record import FORMAT_VERSION
 from torchcache.storage.temporary import temporary_directory
 from torchcache.storage.writer import (
     DEFAULT_FLUSH_SECONDS,
@@ -50,36 +55,17 @@ from torchcache.storage.writer import (
     WORKER_QUEUE_BYTES,
     writer,
 )
+from torchcache.structure import KnownClasses
 
-logger = logging.getLogger(__name__)
-
-Function = Callable[..., Any]
 R = TypeVar("R")
-
-#: Why a call goes around the cache: what the log says once.
-_REMEDIES = {
-    "input_requires_grad": "an input requires grad, and gradients do not flow through cached outputs; detach "
-    "it or call the module under torch.no_grad()",
-    "parameters_require_grad": "parameters require grad and when_grad='bypass'; call requires_grad_(False) on "
-    "what is frozen",
-    "batch_norm_in_training_mode": "a batch norm is in training mode, so a sample's result depends on its batch; "
-    "call eval() on the cached module",
-    "batch_norm_without_running_statistics": "a batch norm has no running statistics, so a sample's result depends "
-    "on its batch; it cannot be cached sample by sample",
-    "dropout_in_training_mode": "a dropout or its like is in training mode, so results are random; call eval() on "
-    "the cached module",
-    "random_numbers": "the call consumed random numbers, so its result is not a function of its input",
-    "state_changes_at_every_call": "weights or plain attributes change at every call; it is cached again when they "
-    "stand still",
-    "rows_do_not_stack": "the rows of one batch have results of different shapes",
-    "out_of_memory": "there is no memory for a copy of the batch",
-    "unreadable_state": "an attribute of the module cannot be read; see the fault in the log",
-    "export_or_trace": "the call is being exported, traced or scripted",
-}  # fmt: skip
-_OTHER_REMEDY = "a cached call takes and returns plain strided tensors; convert it before the call"
 
 #: So many states are remembered as consuming random numbers; others are found out again.
 _MOST_RANDOM = 4096
+
+#: So many forms of plain values beside tensors are watched for batch sizes.
+_MOST_PLAIN = 1024
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 _disabled: ContextVar[bool] = ContextVar("torchcache_disabled", default=False)
 _calling = local()  # .active: ids of the targets whose cached call is under way in this thread
@@ -103,38 +89,49 @@ def is_disabled() -> bool:
     return _disabled.get() or os.environ.get("TORCHCACHE_DISABLED", "") not in ("", "0")
 
 
+@dataclass(slots=True)
+class _Call:
+    """One cached call under way."""
+
+    function: Function
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    batch: Batch
+    look: Look
+    store: LmdbStore | None
+    signature: bytes = b""
+    digests: list[bytes] = field(default_factory=list)
+    landings: int = 0  # of other threads' flights, before the tiers were asked
+
+    @property
+    def namespace(self) -> bytes:
+        return self.look.namespace
+
+    def rows_at(self, positions: Sequence[int]) -> list[bytes]:
+        """Return the digests of the samples at ``positions``."""
+        return self.digests if len(positions) == self.batch.n else [self.digests[p] for p in positions]
+
+
 @dataclass(frozen=True, slots=True)
-class Target:
-    """What is cached, as the doors describe it.
+class _Answer:
+    """The result of the whole call, computed as if there were no cache."""
+
+    result: object
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """Rows that were forwarded.
 
     Attributes:
-        name: What to call it in the log.
-        code: The class or function whose code runs.
-        function: The user's own function, not bound.
-        module: The module whose state counts, weakly; None for a function.
-        arguments: Digest of the construction arguments; None if they have no stable name.
+        found: Their values, at the positions of the batch.
+        shared: What may be kept and given to others; None if nothing.
+        whole: What the caller gets if these are all rows of the call, as they came; None otherwise.
     """
 
-    name: str
-    code: type | Function
-    function: Function
-    module: weakref.ref[nn.Module] | None = None
-    arguments: bytes | None = b""
-
-
-@dataclass(frozen=True, slots=True)
-class _Identity:
-    """What identifies the results of a target, once it is known."""
-
-    module_hash: str
-    salt: bytes
-    walk: CodeWalk | None
-    module: weakref.ref[nn.Module] | None
-    tracker: StateTracker
-
-    def renewed(self) -> _Identity:
-        """Return the same with a tracker that has seen nothing yet."""
-        return replace(self, tracker=StateTracker(self.module, self.walk, self.salt))
+    found: list[Found]
+    shared: Rows | None
+    whole: _Answer | None
 
 
 def call_uncompiled(cache: Cache, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
@@ -161,14 +158,17 @@ class Cache:
         self._make_options = options  # asked at first use: a module's attributes count
         self._counters = Counters()
         self._signatures: dict[Function, CallSignature] = {}
-        self._lock = process.ForkLock(on_broken=self._forget_state)  # guards _identity's tracker
-        self._opening = process.ForkLock()  # guards what is made at first use
-        self._identity: _Identity | None = None
+        self._identity = Identity(target, lambda: self.options)
+        self._verdicts = Verdicts()
+        self._flights = Flights()
+        self._known = KnownClasses()
         self._random_namespaces: set[bytes] = set()
-        self._output_device: torch.device | None = None
+        self._sizes_of_plain: dict[bytes, set[int]] = {}  # batch sizes that gave equal plain values
+        self._chance = random.Random(os.urandom(16))  # noqa: S311 - chooses samples; the global one is the user's
+        self._devices: tuple[torch.device, ...] = ()  # where the last computed result had its leaves
+        self._opening = process.ForkLock()  # guards what is made at first use
         self._memory: MemoryTier | None = None
-        self._store: LmdbStore | None = None
-        self._is_open = False
+        self._stores: dict[tuple[str, bool], LmdbStore | None] = {}
 
     def __repr__(self) -> str:
         return f"<torchcache.Cache of {self._target.name}>"
@@ -176,7 +176,12 @@ class Cache:
     @property
     def module_hash(self) -> str:
         """The name of what is computed: code, construction arguments, options that shape the values."""
-        return self._known().module_hash
+        return self._identity.module_hash()
+
+    def identify(self) -> None:
+        """Find out the module hash now: of ``Net().cache_instance`` the module is gone a moment later."""
+        with contextlib.suppress(Exception):  # what cannot be read is said by the call
+            self._identity.module_hash()
 
     @cached_property
     def options(self) -> CacheOptions:
@@ -186,8 +191,8 @@ class Cache:
     @property
     def cache_dir(self) -> Path | None:
         """The subdirectory that holds the LMDB environment; None without a disk tier."""
-        self._open()
-        return None if self._store is None else self._store.path
+        store = self._open(self._look())
+        return None if store is None else store.path
 
     # -- the call -----------------------------------------------------------------------------------------------
 
@@ -230,53 +235,61 @@ class Cache:
         reason = batch.bypass_reason()
         if reason:
             return self._bypass(reason, function, args, kwargs, rows=batch.n)
-        namespace, reason = self._namespace()
+        look = self._look()
+        reason = look.reason or self._grad_reason()
         if reason:
             return self._bypass(reason, function, args, kwargs, rows=batch.n)
         if not batch.n:
             with torch.no_grad():
-                output = function(*args, **kwargs)
-            return output.detach() if isinstance(output, torch.Tensor) else output
-        self._open()
+                return detached(function(*args, **kwargs))
+        call = _Call(function, args, kwargs, batch, look, self._open(look), landings=self._flights.landings)
         try:
-            digests = batch.digests()
-            found, missing = self._look_up(namespace, digests)
+            call.signature = batch.signature()
+            call.digests = batch.digests(call.signature)
+            found, missing = self._look_up(call)
+            if self._verdicts.of(call.namespace) is Verdict.DEPENDENT:
+                return self._go_around("rows_depend_on_batch", call)
             if len({item.layout for item in found}) > 1:
-                return self._bypass("rows_do_not_stack", function, args, kwargs, rows=batch.n)
-            if not missing:
+                return self._go_around("rows_do_not_stack", call)
+            doubted = self._choose(found) if self.options.verify_hits else []
+            if not missing and not doubted:
                 return self._assemble(found, batch)
         except MemoryError:
-            return self._bypass("out_of_memory", function, args, kwargs, rows=batch.n)
-        return self._compute(function, args, kwargs, batch, namespace, digests, found, missing)
+            return self._go_around("out_of_memory", call)
+        except CorruptRecordError as error:
+            self.on_fault(error, 0)
+            return self._go_around("result_cannot_be_rebuilt", call)
+        return self._compute(call, found, missing, doubted)
 
-    def _namespace(self) -> tuple[bytes, str | None]:
+    def _look(self) -> Look:
         """Name the present state, and say why a call in it is not cached, if so."""
         try:
-            tracker = self._known().tracker
-            with self._lock:
-                namespace, reason = tracker.fingerprint(), tracker.bypass_reason
+            look = self._identity.look()
         except TorchcacheError:
             raise
         except Exception as error:  # noqa: BLE001 - whatever a foreign __repr__ or __eq__ raises
             self.on_fault(error, 0)
-            return b"", "unreadable_state"
-        if namespace in self._random_namespaces:
-            reason = "random_numbers"
-        return namespace, reason or self._grad_reason(tracker)
+            return Look("", b"", is_private=True, reason="unreadable_state")
+        if look.reason is None and look.namespace in self._random_namespaces:
+            return replace(look, reason="random_numbers")
+        if look.reason is None and self._verdicts.of(look.namespace) is Verdict.DEPENDENT:
+            return replace(look, reason="rows_depend_on_batch")
+        return look
 
-    def _look_up(self, namespace: bytes, digests: Sequence[bytes]) -> tuple[list[Found], list[int]]:
+    def _look_up(self, call: _Call) -> tuple[list[Found], list[int]]:
         """Ask memory, the write queue and the disk in turn; what the disk gives goes to memory too."""
-        found, missing = self._fetch("memory", namespace, digests, list(range(len(digests))))
+        digests = call.digests
+        found, missing = self._fetch("memory", call, range(len(digests)))
         for tier in ("queue", "store"):
-            if not missing or self._store is None:
+            if not missing or call.store is None:
                 break
             # Equal rows are fetched once; the others of their kind are filled in from it.
             unique = list({digests[p]: p for p in reversed(missing)}.values())
-            more, absent = self._fetch(tier, namespace, digests, sorted(unique))
+            more, absent = self._fetch(tier, call, sorted(unique))
             if not more:
                 continue
             for item in more:
-                self._remember(namespace, Rows([digests[p] for p in item.positions], item.layout, item.data))
+                self._remember(call.namespace, Rows([digests[p] for p in item.positions], item.layout, item.data))
             if len(unique) == len(missing):
                 found, missing = found + more, absent
             else:
@@ -286,115 +299,333 @@ class Cache:
                 self._counters.add(duplicates=filled_in)
         return found, missing
 
-    def _fetch(
-        self, tier: str, namespace: bytes, digests: Sequence[bytes], positions: Sequence[int]
-    ) -> tuple[list[Found], list[int]]:
+    def _fetch(self, tier: str, call: _Call, positions: Sequence[int]) -> tuple[list[Found], list[int]]:
         """Ask one tier for the samples at ``positions``; faults become misses."""
-        wanted = digests if len(positions) == len(digests) else [digests[p] for p in positions]
+        wanted = call.rows_at(positions)
         found: list[Found] = []
         missing: Sequence[int] = range(len(wanted))
         try:
             if tier == "memory":
                 if self._memory is not None:
-                    found, missing = self._memory.get_many(namespace, wanted)
+                    found, missing = self._memory.get_many(call.namespace, wanted)
             elif tier == "queue":
-                found, missing = writer.get_many(self._need_store(), namespace, wanted)
+                found, missing = writer.get_many(_needed(call.store), call.namespace, wanted)
             else:
-                lookup = self._need_store().get_many(namespace, wanted)
-                found, missing = lookup.found, lookup.missing
-                if lookup.corrupt:
-                    self._note_fault("corrupt_record", "records fail their check", amount=lookup.corrupt)
-                if found and self._need_store().needs_touch(namespace):
-                    writer.touch(self._need_store(), self, namespace)
+                found, missing = self._fetch_from_store(_needed(call.store), call.namespace, wanted)
         except Exception as error:  # noqa: BLE001 - no fault of a tier leaves a cached call
             self.on_fault(error, 0)
             return [], list(positions)
-        unknown = [item for item in found if not is_known(item.layout)]
+        unknown = [item for item in found if not is_known(item.layout, self._known)]
         if unknown:
-            found = [item for item in found if is_known(item.layout)]
+            found = [item for item in found if is_known(item.layout, self._known)]
             missing = sorted([*missing, *(p for item in unknown for p in item.positions)])
         self._counters.add(**{f"{tier}_hits": len(wanted) - len(missing)})
-        if len(positions) == len(digests):
+        if len(positions) == call.batch.n:
             return found, list(missing)
         return (
             [Found([positions[p] for p in item.positions], item.layout, item.data) for item in found],
             [positions[p] for p in missing],
         )
 
-    def _compute(
-        self,
-        function: Function,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        batch: Batch,
-        namespace: bytes,
-        digests: Sequence[bytes],
-        found: list[Found],
-        missing: list[int],
-    ) -> object:
+    def _fetch_from_store(
+        self, store: LmdbStore, namespace: bytes, digests: Sequence[bytes]
+    ) -> tuple[list[Found], list[int]]:
+        lookup = store.get_many(namespace, digests)
+        if lookup.corrupt:
+            self._note_fault("corrupt_record", "records fail their check", amount=lookup.corrupt)
+        if lookup.verdict is not Verdict.UNKNOWN and self._verdicts.of(namespace) is Verdict.UNKNOWN:
+            self._verdicts.note(namespace, lookup.verdict)
+        if lookup.found and store.needs_touch(namespace):
+            self._do(store, partial(store.touch, namespace))
+        return lookup.found, lookup.missing
+
+    def _choose(self, found: Sequence[Found]) -> list[int]:
+        """Choose the hits that are computed again for ``verify_hits``."""
+        share = self.options.verify_hits
+        return sorted(p for item in found for p in item.positions if self._chance.random() < share)
+
+    # -- computing ------------------------------------------------------------------------------------------------
+
+    def _compute(self, call: _Call, found: list[Found], missing: list[int], doubted: list[int]) -> object:
         """Forward the rows that no tier has, equal ones once, and keep what comes back."""
         first: dict[bytes, int] = {}
         for position in missing:
-            first.setdefault(digests[position], position)
-        unique = list(first.values())
-        forwarded = (args, kwargs) if len(unique) == batch.n else batch.select(unique)
-        random_before = _random_state()
-        with torch.no_grad():
-            output = function(*forwarded[0], **forwarded[1])
-        if isinstance(output, torch.Tensor) and (kind := unsupported_kind(output)):
-            return self._result_of_bypass(kind, output, forwarded, function, args, kwargs, batch)
+            first.setdefault(call.digests[position], position)
+        wanted = list(first.values())
+        self._counters.add(duplicates=len(missing) - len(wanted))
+        computed: list[Found] = []
+        can_wait = len(_calling.active) == 1
+        for joins in (can_wait, False):
+            flight, joined = self._flights.claim(call.namespace, call.rows_at(wanted), joins=joins)
+            shared: Rows | None = None
+            try:
+                own = [p for i, p in enumerate(wanted) if i not in joined]
+                if self._flights.landings != call.landings:
+                    landed, own = self._fetch("memory", call, own)
+                    computed += landed
+                outcome = self._forward_rows(call, own, doubted, found) if own or doubted else _Computed([], None, None)
+                if isinstance(outcome, _Answer):
+                    return outcome.result
+                if outcome.whole is not None:
+                    shared = outcome.shared
+                    return outcome.whole.result
+                computed, doubted, shared = computed + outcome.found, [], outcome.shared
+            finally:
+                self._flights.land(flight, shared)
+            landed, wanted = self._wait({wanted[i]: other for i, other in joined.items()}, call)
+            computed += landed
+            if not wanted:
+                break
+        # What was computed again stands for what was found.
+        again = {p for item in computed for p in item.positions}
+        found = [part for item in found if (part := _without(item, again)) is not None]
+        if len(missing) > len(first):
+            computed = _spread(computed, call.digests, sorted({*missing, *again}))[0]
+        if len({item.layout for item in (*found, *computed)}) > 1:
+            return self._go_around("rows_do_not_stack", call)
         try:
-            layout, data, overflowed = take_apart(output, len(unique), self.options.cache_dtype)
-        except (MemoryError, torch.cuda.OutOfMemoryError):
-            return self._result_of_bypass("out_of_memory", output, forwarded, function, args, kwargs, batch)
-        self._counters.add(misses=len(unique), duplicates=len(missing) - len(unique))
-        self._note_overflow(overflowed)
-        self._output_device = output.device
-        if _random_state() != random_before:
-            if len(self._random_namespaces) < _MOST_RANDOM:
-                self._random_namespaces.add(namespace)
-            self._note_bypass("random_numbers", 0)
-        elif self._has_moved():
-            self._counters.add_to("dropped_rows", "state_moved", len(unique))
-        else:
-            self._keep(namespace, Rows([digests[p] for p in unique], layout, data))
-        if len(unique) == batch.n:
-            return rounded(output, self.options.cache_dtype)
-        if any(item.layout != layout for item in found):
-            return self._bypass("rows_do_not_stack", function, args, kwargs, rows=batch.n)
-        computed = Found(unique, layout, data)
-        spread = [computed] if len(unique) == len(missing) else _spread([computed], digests, missing)[0]
-        return self._assemble([*found, *spread], batch)
+            return self._assemble([*found, *computed], call.batch)
+        except CorruptRecordError as error:
+            self.on_fault(error, 0)
+            return self._go_around("result_cannot_be_rebuilt", call)
 
-    def _assemble(self, found: Sequence[Found], batch: Batch) -> torch.Tensor:
-        device = self._output_device or self._guess_device(batch)
+    def _wait(self, joined: Mapping[int, Flight], call: _Call) -> tuple[list[Found], list[int]]:
+        """Take rows from the flights that compute them; also return the positions of those that did not come."""
+        landed: list[Found] = []
+        missing: list[int] = []
+        for position, flight in joined.items():
+            rows = flight.wait()
+            if rows is None or call.digests[position] not in rows.digests:
+                missing.append(position)
+            else:
+                row = rows.digests.index(call.digests[position])
+                landed.append(Found([position], rows.layout, rows.data[row : row + 1].copy()))
+        self._counters.add(shared_rows=len(landed))
+        return landed, missing
+
+    def _forward_rows(
+        self, call: _Call, own: list[int], doubted: list[int], found: Sequence[Found]
+    ) -> _Computed | _Answer:
+        """Forward rows, with some that are cached beside them, and keep what may be kept.
+
+        Args:
+            call: The call.
+            own: Positions of the rows that no tier has.
+            doubted: Positions of rows that are cached and to be compared.
+            found: The values that are cached.
+        """
+        n = len(own)
+        witness = self._find_witness(call, found) if own and self.options.check_rows else None
+        positions = [*own, *doubted]
+        if witness is not None and witness.row is None:
+            positions += witness.cached.positions
+        is_as_given = len(positions) == call.batch.n == n and witness is None
+        args, kwargs = call.args, call.kwargs
+        if not is_as_given:
+            args, kwargs = call.batch.select(positions, None if witness is None else witness.row)
+        random_before = _random_state()
+        try:
+            with torch.no_grad():
+                output = call.function(*args, **kwargs)
+        except Exception as error:
+            if is_as_given:
+                raise
+            return self._answer_whole(call, error)
+        tree = flatten(output)
+        kind = unsupported_leaf(tree)
+        if kind is not None:
+            return self._give_back(kind, call, output if is_as_given else None)
+        try:
+            total = n + len(doubted) + (witness is not None)
+            layout, data, overflowed = take_apart(tree, total, self.options.cache_dtype, self._known)
+        except (MemoryError, torch.OutOfMemoryError):
+            return self._give_back("out_of_memory", call, output if is_as_given else None)
+        except UncacheableError as error:
+            if is_as_given:
+                raise
+            return self._answer_whole(call, error)
+        self._devices = devices_of(tree)
+        is_random = _random_state() != random_before
+        if is_random:
+            self._note_random(call.namespace)
+        is_settled = not is_random and not self._identity.has_moved()
+        tensors = [*call.batch.tensors, *self._identity.parameters(), *tree.leaves]
+        if witness is not None and is_settled and not self._agrees(call, witness, layout, data, tensors):
+            return _Answer(self._go_around("rows_depend_on_batch", call))
+        self._counters.add(misses=n)
+        self._note_overflow(overflowed)
+        found_again = [Found([p], layout, data[n + i : n + i + 1]) for i, p in enumerate(doubted)]
+        if is_settled:
+            self._verify(call, found_again, found, data, tensors)
+        rows = Rows([call.digests[p] for p in own], layout, data[:n])
+        reason = self._reason_to_drop(call, rows, len(data), is_random=is_random, is_settled=is_settled)
+        if reason:
+            self._counters.add_to("dropped_rows", reason, n)
+        elif own:
+            self._keep(call, rows)
+            self._leave_witness(call, own[0], rows)
+        whole = _Answer(rounded(tree, self.options.cache_dtype)) if is_as_given else None
+        return _Computed([Found(own, layout, data[:n]), *found_again], None if reason else rows, whole)
+
+    def _give_back(self, reason: str, call: _Call, output: object) -> _Answer:
+        """Answer with ``output``, the whole call's result that cannot be cached; None: compute it."""
+        if output is None:
+            return _Answer(self._go_around(reason, call))
+        self._note_bypass(reason, call.batch.n)
+        return _Answer(output)
+
+    def _answer_whole(self, call: _Call, error: Exception) -> _Answer:
+        """Compute the call as the caller made it, after another composition of its rows failed.
+
+        If that succeeds, the module cannot be given any rows together, as caching by samples would need to.
+        """
+        result = call.function(*call.args, **call.kwargs)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            self._verdicts.note(call.namespace, None)  # one row more did not fit: not to be tried again
+            return self._give_back("out_of_memory", call, result)
+        if call.batch.n == 1:
+            self._verdicts.note(call.namespace, None)
+            return self._give_back("one_sample_at_a_time", call, result)
+        self._condemn(call)
+        return self._give_back("rows_depend_on_batch", call, result)
+
+    def _reason_to_drop(
+        self, call: _Call, rows: Rows, n_forwarded: int, *, is_random: bool, is_settled: bool
+    ) -> str | None:
+        """Say why computed rows must not be kept, or None."""
+        if is_random:
+            return "random_numbers"
+        if not is_settled:
+            return "state_moved"
+        numbers = plain_numbers(rows.layout, self._known) if rows.layout.structure else ()
+        if numbers:
+            # A plain number that equals the batch size may be the batch size: then it holds for no other batch.
+            key = call.namespace + digest_parts([rows.layout.structure])
+            sizes = self._sizes_of_plain.setdefault(key, set())
+            sizes.add(n_forwarded)
+            if len(self._sizes_of_plain) > _MOST_PLAIN:
+                self._sizes_of_plain.pop(next(iter(self._sizes_of_plain)))
+            if n_forwarded in numbers and len(sizes) < 2:
+                return "plain_value_may_be_batch_size"
+        return None
+
+    def _note_random(self, namespace: bytes) -> None:
+        if len(self._random_namespaces) < _MOST_RANDOM:
+            self._random_namespaces.add(namespace)
+        self._note_bypass("random_numbers", 0)
+
+    # -- rows that are cached and computed all the same -------------------------------------------------------------
+
+    def _find_witness(self, call: _Call, found: Sequence[Found]) -> Witness | None:
+        """Return a cached row with which this batch can be checked, if it is still to be checked."""
+        if self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
+            return None
+        witness = self._verdicts.witness(call.namespace, call.signature)
+        if witness is not None:
+            return witness if witness.marks == self._identity.marks() else None
+        if found and not self.options.persistent_module_hash:
+            item = found[0]
+            return Witness(None, Found(item.positions[:1], item.layout, item.data[:1]))
+        return None
+
+    def _leave_witness(self, call: _Call, position: int, rows: Rows) -> None:
+        if not self.options.check_rows or self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
+            return
+        if self._verdicts.witness(call.namespace, call.signature) is None:
+            cached = Found([position], rows.layout, rows.data[:1].copy())
+            witness = Witness(call.batch.row(position), cached, self._identity.marks())
+            self._verdicts.leave(call.namespace, call.signature, witness)
+
+    def _agrees(
+        self, call: _Call, witness: Witness, layout: Layout, data: Bytes2D, tensors: Sequence[torch.Tensor]
+    ) -> bool:
+        """Compare the witness, which is the last row of ``data``, and remember the verdict."""
+        allowed = tolerance(tensors, self.options.cache_dtype)
+        if row_distance(witness.cached, layout, data[-1:], data, self._known) > allowed:
+            self._condemn(call)
+            return False
+        self._judge(call, Verdict.INDEPENDENT)
+        return True
+
+    def _condemn(self, call: _Call) -> None:
+        """Note that the rows of a namespace depend on their batch, and forget them all."""
+        if self._memory is not None:
+            self._memory.delete_namespace(call.namespace)
+        if call.store is not None:
+            writer.forget(call.store, call.namespace)
+        self._judge(call, Verdict.DEPENDENT)
+
+    def _judge(self, call: _Call, verdict: Verdict) -> None:
+        self._verdicts.note(call.namespace, verdict)
+        if call.store is not None:
+            self._do(call.store, partial(call.store.judge, call.namespace, verdict))
+
+    def _verify(
+        self,
+        call: _Call,
+        again: Sequence[Found],
+        found: Sequence[Found],
+        data: Bytes2D,
+        tensors: Sequence[torch.Tensor],
+    ) -> None:
+        """Compare hits with what they were computed again; what differs is said, counted, and replaced."""
+        if not again:
+            return
+        allowed = tolerance(tensors, self.options.cache_dtype)
+        cached = {
+            p: Found([p], item.layout, item.data[i : i + 1]) for item in found for i, p in enumerate(item.positions)
+        }
+        self._counters.add(verified_rows=len(again))
+        for item in again:
+            (position,) = item.positions
+            apart = row_distance(cached[position], item.layout, item.data, data, self._known)
+            if apart <= allowed:
+                continue
+            digest = call.digests[position]
+            self._counters.add(mismatched_rows=1)
+            self._say(
+                "verify_hits",
+                f"the cached value of sample {position} ({digest.hex()}) is {apart:.2g} of its norm away from what "
+                f"was computed again, more than {allowed:g}; it is replaced. Look at explain() for what the key misses",
+            )
+            if self._memory is not None:
+                self._memory.delete_many(call.namespace, [digest])
+            if call.store is not None:
+                writer.forget(call.store, call.namespace, [digest])
+                self._do(call.store, partial(call.store.delete_many, call.namespace, [digest]))
+            self._keep(call, Rows([digest], item.layout, item.data))
+
+    def _assemble(self, found: Sequence[Found], batch: Batch) -> object:
         layout = found[0].layout
+        devices = self._devices
+        if len(devices) != len(layout.leaves):
+            devices = (self._guess_device(batch),) * len(layout.leaves)
         if len(found) == 1 and list(found[0].positions) == list(range(batch.n)):
             data = found[0].data
         else:
             data = empty_rows(batch.n, layout.nbytes)
             for item in found:
                 data[item.positions] = item.data if isinstance(item.data, np.ndarray) else item.data.cpu().numpy()
-        return put_together(layout, data, device)
+        return put_together(layout, data, devices, self._known)
 
     def _guess_device(self, batch: Batch) -> torch.device:
-        parameters = self._known().tracker.parameters
+        parameters = self._identity.parameters()
         return parameters[0].device if parameters else batch.first_device
 
     # -- keeping ------------------------------------------------------------------------------------------------
 
-    def _keep(self, namespace: bytes, rows: Rows) -> None:
-        self._remember(namespace, rows)
-        if self._store is None:
+    def _keep(self, call: _Call, rows: Rows) -> None:
+        self._remember(call.namespace, rows)
+        if call.store is None:
             return
         queue_bytes, flush_seconds = self.options.queue_bytes, self._flush_seconds()
         if queue_bytes is None:
             queue_bytes = WORKER_QUEUE_BYTES if process.is_child() else DEFAULT_QUEUE_BYTES
         try:
             accepted = writer.put(
-                self._store,
+                call.store,
                 self,
-                namespace,
+                call.namespace,
                 rows,
                 queue_bytes=queue_bytes,
                 timeout_seconds=self.options.queue_timeout_seconds,
@@ -409,6 +640,9 @@ class Cache:
                 "queue_full", "the write queue stayed full for queue_timeout_seconds; rows are not stored on disk"
             )
 
+    def _do(self, store: LmdbStore, task: Callable[[Callable[[], bool]], object]) -> None:
+        writer.do(store, self, task, flush_seconds=self._flush_seconds())
+
     def _flush_seconds(self) -> float:
         configured = self.options.flush_timeout_seconds
         if configured is not None:
@@ -416,18 +650,14 @@ class Cache:
         return WORKER_FLUSH_SECONDS if process.is_child() else DEFAULT_FLUSH_SECONDS
 
     def _remember(self, namespace: bytes, rows: Rows) -> None:
-        if self._memory is None and self.options.memory_cache_device is None and self._output_device is not None:
-            self._memory = MemoryTier(self.options.max_memory_cache_size, self._output_device)
+        if self._memory is None and self.options.memory_cache_device is None and self._devices:
+            self._memory = MemoryTier(self.options.max_memory_cache_size, self._devices[0])
         if self._memory is None:
             return
         try:
             self._memory.put_many(namespace, rows)
         except (MemoryError, RuntimeError) as error:  # torch's out-of-memory errors are RuntimeErrors
             self._note_fault("memory", f"the memory tier cannot grow ({error})")
-
-    def _has_moved(self) -> bool:
-        with self._lock:
-            return self._known().tracker.moved()
 
     # -- what a user may do ---------------------------------------------------------------------------------------
 
@@ -436,10 +666,68 @@ class Cache:
         values: dict[str, Any] = dict(self._counters.values())
         if self._memory is not None:
             values["memory_rows"], values["memory_bytes"] = self._memory.usage()
-        if self._store is not None:
-            values["queued_rows"], values["queued_bytes"] = writer.queued(self._store)
-            values["store_bytes"] = self._store.used_bytes()
+        for store in self._open_stores():
+            rows, nbytes = writer.queued(store)
+            values["queued_rows"] = values.get("queued_rows", 0) + rows
+            values["queued_bytes"] = values.get("queued_bytes", 0) + nbytes
+            values["store_bytes"] = store.used_bytes()
         return CacheStats(**values)
+
+    def explain(self, *args: Any, **kwargs: Any) -> Explanation:
+        """Say what the key of a call is made of and where each sample would be found; prints it as well.
+
+        Nothing is computed, and nothing that is counted or remembered changes. Two explanations show with
+        ``differences`` which part makes two calls miss each other.
+
+        Args:
+            *args: Positional arguments of the call.
+            **kwargs: Keyword arguments of the call.
+
+        Raises:
+            UncacheableError: As the call would.
+            ConfigError: If the module is gone.
+        """
+        function = self._target.function
+        module = None if self._target.module is None else self._target.module()
+        if module is None and self._target.module is not None:
+            raise ConfigError(f"the {self._target.name} of this cache is gone; keep a reference to the module")
+        if self._target.is_method and isinstance(function, FunctionType):
+            function = function.__get__(module)
+        batch = self._signature_of(function).split(args, kwargs)
+        look = self._look()
+        reason = batch.bypass_reason() or look.reason or self._grad_reason()
+        parts = [*self._identity.describe(), *((name, digest_parts([value])) for name, value in batch.shared_parts())]
+        digests = [] if batch.bypass_reason() else batch.digests(batch.signature())
+        places = ["nowhere"] * len(digests)
+        if reason is None and digests:
+            places = self._places(look, digests)
+        explanation = Explanation(
+            target=self._target.name,
+            module_hash=look.module_hash,
+            namespace=look.namespace.hex(),
+            bypass_reason=reason,
+            parts={name: digest.hex() for name, digest in parts},
+            samples=tuple(
+                SampleExplanation(digest=digest.hex(), found_in=place)
+                for digest, place in zip(digests, places, strict=True)
+            ),
+        )
+        print(explanation)  # noqa: T201 - that is what was asked for
+        return explanation
+
+    def _places(self, look: Look, digests: Sequence[bytes]) -> list[str]:
+        """Say of each sample which tier has it."""
+        store = self._open(look)
+        places = ["nowhere"] * len(digests)
+        if store is not None:
+            missing = set(store.get_many(look.namespace, digests).missing)
+            places = ["nowhere" if i in missing else "store" for i in range(len(digests))]
+            queued = writer.has_many(store, look.namespace, digests)
+            places = ["queue" if here else place for here, place in zip(queued, places, strict=True)]
+        if self._memory is not None:
+            kept = self._memory.has_many(look.namespace, digests)
+            places = ["memory" if here else place for here, place in zip(kept, places, strict=True)]
+        return places
 
     def flush(self, timeout_seconds: float | None = None) -> bool:
         """Wait until every row accepted so far is committed to disk, or dropped and counted.
@@ -450,9 +738,9 @@ class Cache:
         Returns:
             Whether that was reached in time.
         """
-        if self._store is None:
-            return True
-        return writer.flush(self._flush_seconds() if timeout_seconds is None else timeout_seconds, self._store)
+        timeout_seconds = self._flush_seconds() if timeout_seconds is None else timeout_seconds
+        are_flushed = [writer.flush(timeout_seconds, store) for store in self._open_stores()]
+        return all(are_flushed)
 
     def clear(self) -> None:
         """Forget every value of this module hash: in memory, and on disk for all processes.
@@ -462,9 +750,9 @@ class Cache:
         self.flush()
         if self._memory is not None:
             self._memory.clear()
-        if self._store is not None:
+        for store in self._open_stores():
             try:
-                self._store.delete_all()
+                store.delete_all()
             except Exception as error:  # noqa: BLE001 - a fault of the machine is a counter and a line
                 self.on_fault(error, 0)
 
@@ -474,19 +762,17 @@ class Cache:
         Needed only after a sparse write that torch does not count, such as one element through ``.data``
         or NumPy; everything else is noticed.
         """
-        with self._lock:
-            self._known().tracker.refresh()
-            self._random_namespaces.clear()
+        self._identity.refresh()
+        self._random_namespaces.clear()
 
     def close(self) -> None:
         """Flush, and give up memory and disk handle; the next cached call opens both again."""
         self.flush()
         if self._memory is not None:
             self._memory.clear()
-        if self._store is not None:
-            self._store.close()
-        self._memory = self._store = None
-        self._is_open = False
+        for store in self._open_stores():
+            store.close()
+        self._memory, self._stores = None, {}
 
     # -- what the writer tells ------------------------------------------------------------------------------------
 
@@ -505,37 +791,6 @@ class Cache:
 
     # -- setting up -------------------------------------------------------------------------------------------------
 
-    def _known(self) -> _Identity:
-        """Return what identifies the results; found out at first use, when all names are defined."""
-        identity = self._identity
-        if identity is not None:
-            return identity
-        with self._opening:
-            if self._identity is None:
-                self._identity = self._identify()
-            return self._identity
-
-    def _identify(self) -> _Identity:
-        options, target = self.options, self._target
-        module = None if target.module is None else target.module()
-        named = options.persistent_module_hash
-        if named:
-            walk, module_hash = None, named
-        else:
-            walk = walk_code(target.code, [] if module is None else [type(m) for m in module.modules()])
-            arguments = os.urandom(16) if target.arguments is None else target.arguments
-            parts = [f"torchcache record {FORMAT_VERSION}".encode(), walk.fingerprint, arguments]
-            parts += [part.encode() for pair in options.key_parts() for part in pair]
-            module_hash = digest_parts(parts).hex()
-        logger.info("module hash of %s: %s", target.name, module_hash)
-        if named:
-            logger.info(
-                "%s is cached under your own name %s: changes of code, arguments and weights do not "
-                "invalidate it", target.name, named,
-            )  # fmt: skip
-        salt = digest_parts([b"namespace", module_hash.encode()])
-        return _Identity(module_hash, salt, walk, target.module, StateTracker(target.module, walk, salt))
-
     def _signature_of(self, function: Function) -> CallSignature:
         plain: Any = unwrap(getattr(function, "__func__", function))
         signature = self._signatures.get(plain)
@@ -546,52 +801,47 @@ class Cache:
             self._signatures[plain] = signature
         return signature
 
-    def _open(self) -> None:
-        if self._is_open:
-            return
-        module_hash = self.module_hash
+    def _open(self, look: Look) -> LmdbStore | None:
+        """Return the store for what was looked at, made at its first use; also see to the memory tier."""
+        place = look.module_hash, look.is_private
+        if place in self._stores:
+            return self._stores[place]
         with self._opening:
-            if not self._is_open:
-                self._open_tiers(module_hash)
-                self._is_open = True
+            if place not in self._stores:
+                for cls in self._identity.classes():
+                    self._known.learn(cls)
+                options = self.options
+                if self._memory is None and options.max_memory_cache_size and options.memory_cache_device is not None:
+                    self._memory = MemoryTier(options.max_memory_cache_size, options.memory_cache_device)
+                self._stores[place] = self._make_store(look)
+            return self._stores[place]
 
-    def _open_tiers(self, module_hash: str) -> None:
+    def _make_store(self, look: Look) -> LmdbStore | None:
         options = self.options
-        if self._memory is None and options.max_memory_cache_size > 0 and options.memory_cache_device is not None:
-            self._memory = MemoryTier(options.max_memory_cache_size, options.memory_cache_device)
-        if self._store is None and options.persistent and options.max_persistent_cache_size > 0:
-            try:
-                self._store = self._open_store(module_hash)
-            except Exception as error:  # noqa: BLE001 - a fault of the machine: the run goes on in memory
-                self.on_fault(error, 0)
-
-    def _open_store(self, module_hash: str) -> LmdbStore:
-        options = self.options
-        path = options.persistent_cache_dir
-        if path is None or (self._target.arguments is None and not options.persistent_module_hash):
-            path = temporary_directory()
+        if not options.persistent or not options.max_persistent_cache_size or not look.module_hash:
+            return None
         settings = StoreSettings(
             budget_bytes=options.max_persistent_cache_size,
             eviction=options.eviction,
             zstd_level=options.zstd_compression_level if options.zstd_compression else None,
             lock_timeout_seconds=options.lock_timeout_seconds,
         )
-        store = LmdbStore(CacheDirectory(path), module_hash, settings)
-        store.announce()
+        try:
+            path = None if look.is_private else options.persistent_cache_dir
+            store = LmdbStore(CacheDirectory(path or temporary_directory()), look.module_hash, settings)
+            store.announce()
+        except Exception as error:  # noqa: BLE001 - a fault of the machine: the run goes on in memory
+            self.on_fault(error, 0)
+            return None
         return store
 
-    def _need_store(self) -> LmdbStore:
-        assert self._store is not None
-        return self._store
-
-    def _forget_state(self) -> None:
-        if self._identity is not None:
-            self._identity = self._identity.renewed()
+    def _open_stores(self) -> list[LmdbStore]:
+        return [store for store in list(self._stores.values()) if store is not None]
 
     # -- going around -----------------------------------------------------------------------------------------------
 
-    def _grad_reason(self, tracker: StateTracker) -> str | None:
-        if not torch.is_grad_enabled() or not any(p.requires_grad for p in tracker.parameters):
+    def _grad_reason(self) -> str | None:
+        if not torch.is_grad_enabled() or not any(map(_REQUIRES_GRAD, self._identity.parameters())):
             return None
         when = self.options.when_grad
         if when == "bypass":
@@ -614,26 +864,13 @@ class Cache:
         self._note_bypass(reason, rows)
         return function(*args, **kwargs)
 
-    def _result_of_bypass(
-        self,
-        reason: str,
-        output: object,
-        forwarded: tuple[tuple[Any, ...], Mapping[str, Any]],
-        function: Function,
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        batch: Batch,
-    ) -> object:
-        """Return a result that cannot be cached; compute it again only if rows were left out."""
-        if forwarded[0] is not args:
-            return self._bypass(reason, function, args, kwargs, rows=batch.n)
-        self._note_bypass(reason, batch.n)
-        return output
+    def _go_around(self, reason: str, call: _Call) -> object:
+        return self._bypass(reason, call.function, call.args, call.kwargs, rows=call.batch.n)
 
     def _note_bypass(self, reason: str, rows: int) -> None:
         self._counters.add_to("bypasses", reason)
         self._counters.add(bypassed_rows=rows)
-        self._say(f"bypass {reason}", f"the cache is bypassed: {_REMEDIES.get(reason, _OTHER_REMEDY)} ({reason})")
+        self._say(f"bypass {reason}", f"the cache is bypassed: {remedy_for(reason)} ({reason})")
 
     def _note_fault(self, kind: str, message: str, amount: int = 1) -> None:
         self._counters.add_to("faults", kind, amount)
@@ -667,6 +904,19 @@ def _spread(
         Found(where, item.layout, item.data[rows]) for item, (where, rows) in zip(found, takers, strict=True) if where
     ]
     return spread, missing
+
+
+def _without(item: Found, positions: set[int]) -> Found | None:
+    """Return what was found without some positions; None if nothing is left."""
+    kept = [i for i, position in enumerate(item.positions) if position not in positions]
+    if len(kept) == len(item.positions):
+        return item
+    return Found([item.positions[i] for i in kept], item.layout, item.data[kept]) if kept else None
+
+
+def _needed(store: LmdbStore | None) -> LmdbStore:
+    assert store is not None
+    return store
 
 
 def _is_exporting() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import types
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from torchcache import process
-from torchcache.cache import Cache, Target
+from torchcache.cache import Cache
 from torchcache.errors import ConfigError
+from torchcache.identity import Target
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.values import UnnamedValueError, encode_argument
 from torchcache.options import CacheOptions, OptionArguments
@@ -96,6 +98,7 @@ def cache_of(target: object) -> Cache:
             "it is not decorated with torchcache(), or not enabled"
             + ("; ask an instance of the class" if isinstance(target, type) else "")
         )
+    cache.identify()
     return cache
 
 
@@ -186,18 +189,22 @@ def _next(cls: type, instance: Any) -> Any:  # noqa: ANN401 - super() is a proxy
 
 
 def _encode_arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bytes | UnnamedArgument:
+    encoded: dict[str, bytes] = {}
     try:
-        bound = inspect.signature(cls.__init__).bind(None, *args, **kwargs)  # type: ignore[misc]
-        named = list(bound.arguments.items())[1:]
+        signature = inspect.signature(cls.__init__)  # type: ignore[misc]
+        named = list(signature.bind(None, *args, **kwargs).arguments.items())[1:]
     except (TypeError, ValueError):
         named = [*((f"args[{i}]", value) for i, value in enumerate(args)), *kwargs.items()]
-    parts: list[bytes] = []
-    for name, value in sorted(named):
-        try:
-            parts += [name.encode(), encode_argument(value, name)]
-        except UnnamedValueError as error:
-            return UnnamedArgument(error.path, error.type_name)
-    return digest_parts(parts)
+    else:  # a default given is the default left out; one without a name is part of the code and counts there
+        defaults = {p.name: p.default for p in signature.parameters.values() if p.default is not p.empty}
+        for name, default in defaults.items():
+            with contextlib.suppress(UnnamedValueError):
+                encoded[name] = encode_argument(default, name)
+    try:
+        encoded.update((name, encode_argument(value, name)) for name, value in named)
+    except UnnamedValueError as error:
+        return UnnamedArgument(error.path, error.type_name)
+    return digest_parts(part for name in sorted(encoded) for part in (name.encode(), encoded[name]))
 
 
 def _check_construction(module: nn.Module) -> None:
@@ -245,6 +252,7 @@ def _make_cache(module: nn.Module) -> Cache:
                 function=type(module).forward,
                 module=weakref.ref(module),
                 arguments=None if isinstance(arguments, UnnamedArgument) else arguments,
+                is_method=True,
             )
             cache = _caches[id(module)] = Cache(target, lambda: options)
             weakref.finalize(module, _caches.pop, id(module), None).atexit = False
@@ -255,6 +263,7 @@ def _cache_instance(module: nn.Module) -> Cache:
     cache = _cache_of_instance(module)
     if cache is None:
         raise AttributeError("cache_instance: torchcache is not enabled for this instance")
+    cache.identify()
     return cache
 
 
@@ -295,6 +304,7 @@ class _CachedForward:
             code=type(module),
             function=self.__torchcache_original__ or type(module).forward,
             module=self._module,
+            is_method=self.__torchcache_original__ is None,
         )
 
     def merged_options(self) -> CacheOptions:

@@ -1,6 +1,6 @@
 """How one value lies in memory and on disk: the bytes of its leaves, one after the other.
 
-Everything below ``samples.py`` (memory tier, records, store, writer) moves rows of bytes with a
+Everything below ``outputs.py`` (memory tier, records, store, writer) moves rows of bytes with a
 ``Layout`` beside them and never looks inside. This module does not import torch.
 """
 
@@ -44,6 +44,10 @@ DTYPE_SIZES: dict[str, int] = {
 
 #: The names of memory formats as stored; the row itself has one dimension less than the batch.
 CONTIGUOUS, CHANNELS_LAST, CHANNELS_LAST_3D = 0, 1, 2
+
+
+#: How many tensors one value may have; part of the record format.
+MAX_LEAVES = 256
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ class MemoryTier:
 
     Invariants: the dictionaries in ``_places`` have exactly the digests of all used slots of all slabs;
     ``_bytes`` and ``_slots`` are the sums of what the slabs were ever filled to. They change in ``_insert``
-    and ``_evict`` only, under ``_lock``, which also covers gathering: a slot must not be evicted between
+    and ``_remove`` only, under ``_lock``, which also covers gathering: a slot must not be evicted between
     lookup and copy.
 
     Args:
@@ -113,6 +113,22 @@ class MemoryTier:
                 self._inserting = b""
             if not places:
                 del self._places[namespace]
+
+    def has_many(self, namespace: bytes, digests: Sequence[bytes]) -> list[bool]:
+        """Tell of each digest whether its row is there; that is no use of it."""
+        with self._lock:
+            places = self._places.get(namespace, {})
+            return [digest in places for digest in digests]
+
+    def delete_many(self, namespace: bytes, digests: Sequence[bytes]) -> int:
+        """Delete rows and free the slabs that are empty then; return how many were there."""
+        with self._lock:
+            return self._delete(namespace, digests)
+
+    def delete_namespace(self, namespace: bytes) -> None:
+        """Delete all rows of a namespace and free the slabs that are empty then."""
+        with self._lock:
+            self._delete(namespace, list(self._places.get(namespace, ())))
 
     def clear(self) -> None:
         """Forget everything and free the slabs."""
@@ -231,6 +247,18 @@ class MemoryTier:
             self._remove(slab, slot, *owner)
             evicted += 1
         return evicted > 0
+
+    def _delete(self, namespace: bytes, digests: Sequence[bytes]) -> int:
+        places = self._places.get(namespace, {})
+        deleted, slabs = 0, len(self._slabs)
+        for digest in digests:
+            code = places.get(digest)
+            if code is not None:
+                self._remove(self._slabs[code >> _SLOT_BITS], code & _SLOT_MASK, namespace, digest)
+                deleted += 1
+        if len(self._slabs) < slabs:
+            self._oldest = iter(())  # it may hold a slab that is free now
+        return deleted
 
     def _remove(self, slab: _Slab, slot: int, namespace: bytes, digest: bytes) -> None:
         places = self._places[namespace]

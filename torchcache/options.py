@@ -52,6 +52,8 @@ class OptionArguments(TypedDict, total=False):
     version: str | None
     eviction: str
     when_grad: str
+    check_rows: bool
+    verify_hits: float
     queue_bytes: float | str | None
     queue_timeout_seconds: float
     lock_timeout_seconds: float
@@ -92,6 +94,12 @@ def _optional_size(name: str, value: object) -> int | None:
 def _seconds(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
         raise ConfigError(f"{name}={value!r} must be a finite number of seconds, 0 or more", argument=name)
+    return float(value)
+
+
+def _share(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ConfigError(f"{name}={value!r} must be a share between 0 and 1, such as 0.01", argument=name)
     return float(value)
 
 
@@ -201,6 +209,10 @@ class CacheOptions:
             least recently used, "none" nothing.
         when_grad: What parameters that require grad do while grad mode is on: "detach", "bypass"
             or "raise".
+        check_rows: Compute one row that is cached once more with the second batch of a namespace; if it comes
+            back grossly different, rows depend on their batch and the namespace is not cached.
+        verify_hits: So large a share of the hits is computed again and compared; what differs is said once,
+            counted, and replaced.
         queue_bytes: Bound of the write queue in bytes; None for 64e6, and 16e6 in a worker.
         queue_timeout_seconds: How long a call waits for a full queue before its rows are dropped.
         lock_timeout_seconds: How long the writer waits for the directory's file lock.
@@ -221,6 +233,8 @@ class CacheOptions:
     version: str | None = _option(None, _optional_text, shapes_key=True)
     eviction: str = _option("stale", _one_of("stale", "none", "lru"), shapes_key=False)
     when_grad: str = _option("detach", _one_of("detach", "bypass", "raise"), shapes_key=False)
+    check_rows: bool = _option(True, _flag, shapes_key=False)
+    verify_hits: float = _option(0.0, _share, shapes_key=False)
     queue_bytes: int | None = _option(None, _optional_size, shapes_key=False)
     queue_timeout_seconds: float = _option(5.0, _seconds, shapes_key=False)
     lock_timeout_seconds: float = _option(2.0, _seconds, shapes_key=False)

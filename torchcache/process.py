@@ -44,6 +44,11 @@ def is_child() -> bool:
     return multiprocessing.parent_process() is not None
 
 
+def generation() -> int:
+    """Return how many forks lie between the program's first process and this one."""
+    return _generation
+
+
 class ForkLock:
     """A lock that survives a fork: taken before it, free in parent and child after it.
 
@@ -158,6 +163,7 @@ _listeners: weakref.WeakSet[ForkListener] = weakref.WeakSet()
 _one_fork = threading.RLock()
 _taken: dict[ForkLock, bool] = {}
 _is_clean = True
+_generation = 0
 _exit_callbacks: dict[Callable[[], None], bool] = {}
 _exit_pid = 0
 
@@ -227,7 +233,8 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _one_fork  # noqa: PLW0603 - the parent's other threads may have held it
+    global _one_fork, _generation  # noqa: PLW0603 - the parent's other threads may have held the lock
+    _generation += 1
     for lock in list(_locks):
         lock.free_in_child(taken=_taken.get(lock, False))
     _taken.clear()

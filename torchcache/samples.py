@@ -1,4 +1,4 @@
-"""A call split into samples, rows selected, results taken apart and put together again."""
+"""A call split into samples, and rows selected."""
 
 from __future__ import annotations
 
@@ -13,16 +13,7 @@ import torch
 from torchcache.errors import UncacheableError
 from torchcache.keys.digest import combine, digest_parts, digest_rows
 from torchcache.keys.values import encode_plain
-from torchcache.layout import (
-    CHANNELS_LAST,
-    CHANNELS_LAST_3D,
-    CONTIGUOUS,
-    DTYPE_SIZES,
-    Bytes2D,
-    Layout,
-    Leaf,
-    empty_rows,
-)
+from torchcache.layout import DTYPE_SIZES
 
 #: Dtypes that NumPy lacks are moved as integers of the same size.
 _AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -32,17 +23,10 @@ _WITHOUT_NUMPY = {
     if name in ("bfloat16", "complex32") or name.startswith("float8")
     if (dtype := getattr(torch, name, None)) is not None
 }
-_DTYPE_NAMES: dict[torch.dtype, str] = {
+#: The dtypes whose rows are bytes to us, with the names they have in a layout.
+DTYPE_NAMES: dict[torch.dtype, str] = {
     dtype: name for name in DTYPE_SIZES if (dtype := getattr(torch, name, None)) is not None
 }
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
-
-#: Memory formats other than contiguous: dimensions of the batch, torch's name, order of the bytes.
-_FORMATS = {
-    CHANNELS_LAST: (4, torch.channels_last, (0, 2, 3, 1), (0, 3, 1, 2)),
-    CHANNELS_LAST_3D: (5, torch.channels_last_3d, (0, 2, 3, 4, 1), (0, 4, 1, 2, 3)),
-}
-
 _PLAIN_KINDS = "int, float, str, bool, None, bytes, enum, torch.dtype, torch.device or a tuple of these"
 
 
@@ -196,27 +180,53 @@ class Batch:
             return "input_requires_grad"
         return None
 
-    def digests(self) -> list[bytes]:
-        """Return the 16-byte digest of each sample, in order."""
-        signature = [*(part for name in sorted(self._plain) for part in (name.encode(), self._plain[name]))]
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensor arguments, in the order of their names."""
+        return [argument.tensor for argument in self._tensors]
+
+    def shared_parts(self) -> list[tuple[str, bytes]]:
+        """Return what all samples of the call have in common: plain arguments, dtypes and row shapes, by name."""
+        parts = [(f"argument {name}" if name else "function", self._plain[name]) for name in sorted(self._plain)]
         for argument in self._tensors:
             tensor = argument.tensor
-            signature += [b"tensor", argument.name.encode(), f"{tensor.dtype} {tuple(tensor.shape[1:])}".encode()]
-        parts = [digest_rows(flat_bytes(argument.tensor), self.n) for argument in self._tensors]
-        return combine(digest_parts(signature), parts)
+            parts.append((f"tensor {argument.name}", f"{tensor.dtype} {tuple(tensor.shape[1:])}".encode()))
+        return parts
 
-    def select(self, positions: Sequence[int]) -> tuple[tuple[object, ...], dict[str, object]]:
-        """Return the arguments of a call that has the samples at ``positions`` only."""
+    def signature(self) -> bytes:
+        """Return the digest of what all samples of the call have in common."""
+        return digest_parts(part for name, value in self.shared_parts() for part in (name.encode(), value))
+
+    def digests(self, signature: bytes) -> list[bytes]:
+        """Return the 16-byte digest of each sample, in order."""
+        parts = [digest_rows(flat_bytes(argument.tensor), self.n) for argument in self._tensors]
+        return combine(signature, parts)
+
+    def row(self, position: int) -> tuple[torch.Tensor, ...]:
+        """Return copies of one sample's rows, each of shape ``(1, ...)``, in the order of ``tensors``."""
+        return tuple(tensor.detach()[position : position + 1].clone() for tensor in self.tensors)
+
+    def select(
+        self, positions: Sequence[int], extra: tuple[torch.Tensor, ...] | None = None
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        """Return the arguments of a call that has the samples at ``positions`` only.
+
+        Args:
+            positions: In the order wanted.
+            extra: What ``row`` returned for another call of the same signature: one sample more, at the end.
+        """
         args, kwargs = list(self._args), dict(self._kwargs)
         first, last = positions[0], positions[-1]
         is_range = last - first == len(positions) - 1 and all(p == first + i for i, p in enumerate(positions))
-        for argument in self._tensors:
+        for i, argument in enumerate(self._tensors):
             tensor = argument.tensor.detach()
             rows = (
                 tensor[first : last + 1]
                 if is_range
                 else tensor.index_select(0, torch.tensor(positions, dtype=torch.int64, device=tensor.device))
             )
+            if extra is not None:
+                rows = torch.cat([rows, extra[i].to(tensor.device)])
             if isinstance(argument.place, int):
                 args[argument.place] = rows
             else:
@@ -238,7 +248,7 @@ def unsupported_kind(tensor: torch.Tensor) -> str | None:
         return "quantized_tensor"
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # noqa: SLF001 - torch has no public test
         return "functorch_transform"
-    if tensor.dtype not in _DTYPE_NAMES:
+    if tensor.dtype not in DTYPE_NAMES:
         return "unsupported_dtype"
     return None
 
@@ -251,11 +261,12 @@ def flat_bytes(tensor: torch.Tensor) -> memoryview:
     """
     if not tensor.numel():
         return memoryview(b"")
-    array = np.ascontiguousarray(_to_numpy(tensor))
+    array = np.ascontiguousarray(to_numpy(tensor))
     return array.data.cast("B")
 
 
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Return the tensor's values on the host, a view where that is possible; without a dtype of NumPy, as integers."""
     plain = tensor.detach()
     if plain.is_conj() or plain.is_neg():
         plain = plain.resolve_conj().resolve_neg()
@@ -264,104 +275,3 @@ def _to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     integer = _WITHOUT_NUMPY.get(plain.dtype)
     array: np.ndarray[Any, Any] = (plain if integer is None else plain.view(integer)).numpy()
     return array
-
-
-def take_apart(output: object, n: int, cache_dtype: torch.dtype | None) -> tuple[Layout, Bytes2D, int]:
-    """Copy a module's result into rows of bytes that belong to the cache.
-
-    Args:
-        output: What the module returned for ``n`` samples.
-        n: Number of samples.
-        cache_dtype: Store floating values in it.
-
-    Returns:
-        The layout of one row, the rows ``(n, layout.nbytes)``, and how many finite values the cast made
-        infinite.
-
-    Raises:
-        UncacheableError: If the result is not a tensor with the batch in front.
-    """
-    tensor = check_output(output, n)
-    cast, overflowed = _cast(tensor.detach(), cache_dtype)
-    memory_format = CONTIGUOUS
-    if not cast.is_contiguous():
-        for code, (dims, torch_format, order, _) in _FORMATS.items():
-            if cast.dim() == dims and cast.is_contiguous(memory_format=torch_format):
-                memory_format, cast = code, cast.permute(order)
-    shape = tuple(tensor.shape[1:])
-    leaf = Leaf(_DTYPE_NAMES[cast.dtype], _DTYPE_NAMES[tensor.dtype], shape, memory_format)
-    rows = empty_rows(n, leaf.nbytes)
-    if rows.size:
-        array = _to_numpy(cast)
-        np.copyto(rows.view(array.dtype).reshape(array.shape), array)
-    return Layout((leaf,)), rows, overflowed
-
-
-def check_output(output: object, n: int) -> torch.Tensor:
-    """Return ``output`` if it is a tensor of ``n`` rows.
-
-    Raises:
-        UncacheableError: If it is not.
-    """
-    if not isinstance(output, torch.Tensor):
-        raise UncacheableError(
-            f"the cached call returned {type(output).__qualname__}, not a tensor; return one tensor of shape "
-            "(batch, ...), or decorate the part of the model that does"
-        )
-    if output.dim() == 0 or output.shape[0] != n:
-        raise UncacheableError(
-            f"the cached call returned shape {tuple(output.shape)} for a batch of {n}; dimension 0 of the "
-            "result must be the batch, one row a sample"
-        )
-    return output
-
-
-def rounded(output: torch.Tensor, cache_dtype: torch.dtype | None) -> torch.Tensor:
-    """Return what a later hit will return for ``output``: rounded through ``cache_dtype``, detached."""
-    plain = output.detach()
-    if cache_dtype is None or not plain.is_floating_point() or plain.dtype == cache_dtype:
-        return plain
-    return plain.to(cache_dtype).to(plain.dtype)
-
-
-def _cast(tensor: torch.Tensor, cache_dtype: torch.dtype | None) -> tuple[torch.Tensor, int]:
-    if cache_dtype is None or not tensor.is_floating_point() or tensor.dtype == cache_dtype:
-        return tensor, 0
-    cast = tensor.to(cache_dtype)
-    # Compared as float32 or wider: float8 has no isfinite.
-    wide = torch.promote_types(torch.float32, tensor.dtype) if tensor.itemsize > 1 else torch.float32
-    lost = ~torch.isfinite(cast.to(wide)) & torch.isfinite(tensor.to(wide))
-    return cast, int(lost.sum())
-
-
-def put_together(layout: Layout, data: Bytes2D | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Make the module's result from rows of bytes, without copying where the device is the CPU.
-
-    Args:
-        layout: The layout of one row; its dtypes must be known to this torch.
-        data: Shape ``(n, layout.nbytes)``; belongs to the result from now on.
-        device: Where the result goes.
-    """
-    (leaf,) = layout.leaves
-    n = data.shape[0]
-    _, _, order, back = _FORMATS.get(leaf.memory_format, (0, None, (), ()))
-    shape = (n, *leaf.shape)
-    stored_shape = tuple(shape[i] for i in order) if order else shape
-    dtype = _DTYPES[leaf.dtype]
-    if n and layout.nbytes:
-        flat = (torch.from_numpy(data) if isinstance(data, np.ndarray) else data).view(-1)
-        tensor = (flat if dtype is torch.uint8 else flat.view(dtype)).view(stored_shape)
-    else:
-        tensor = torch.empty(stored_shape, dtype=dtype, device="cpu")
-    if back:
-        tensor = tensor.permute(back)
-    return tensor.to(device=device, dtype=_DTYPES[leaf.output_dtype])
-
-
-def is_known(layout: Layout) -> bool:
-    """Tell whether this torch has every dtype of a layout that came from a store."""
-    return (
-        len(layout.leaves) == 1
-        and not layout.structure
-        and all(leaf.dtype in _DTYPES and leaf.output_dtype in _DTYPES for leaf in layout.leaves)
-    )

@@ -19,6 +19,7 @@ class CacheStats:
         store_hits: Rows answered by the LMDB tier.
         misses: Rows that were computed because no tier had them.
         duplicates: Rows equal to another row of their batch; computed or fetched once.
+        shared_rows: Rows that another thread was computing at that moment, and that came from it.
         bypasses: Calls that went around the cache, by reason.
         bypassed_rows: Rows of those calls.
         memory_rows: Rows in the memory tier now.
@@ -30,6 +31,8 @@ class CacheStats:
         written_bytes: Bytes of the records it committed, after compression.
         dropped_rows: Rows that were not stored, by reason.
         faults: Faults of the machine that were turned into misses, by kind.
+        verified_rows: Hits that were computed again because of ``verify_hits``.
+        mismatched_rows: How many of these differed; their values were replaced.
         overflowed_values: Finite numbers that ``cache_dtype`` made infinite.
     """
 
@@ -38,6 +41,7 @@ class CacheStats:
     store_hits: int = 0
     misses: int = 0
     duplicates: int = 0
+    shared_rows: int = 0
     bypasses: Mapping[str, int] = field(default_factory=dict)
     bypassed_rows: int = 0
     memory_rows: int = 0
@@ -49,6 +53,8 @@ class CacheStats:
     written_bytes: int = 0
     dropped_rows: Mapping[str, int] = field(default_factory=dict)
     faults: Mapping[str, int] = field(default_factory=dict)
+    verified_rows: int = 0
+    mismatched_rows: int = 0
     overflowed_values: int = 0
 
     @property

@@ -13,9 +13,9 @@ import numpy as np
 
 from torchcache.layout import Layout, Leaf, Rows
 from torchcache.storage import environment
-from torchcache.storage.contract import Lookup, Packed, Written
+from torchcache.storage.contract import Lookup, Packed, Verdict, Written
 from torchcache.storage.directory import CacheDirectory
-from torchcache.storage.lmdb import _LOCATION, LmdbStore, StoreSettings, _parse_namespace
+from torchcache.storage.lmdb import _LOCATION, LmdbStore, Namespace, StoreSettings, _parse_namespace
 from torchcache.storage.record import digest_of as record_digest_of
 from torchcache.storage.record import length_of, unpack
 
@@ -85,6 +85,18 @@ def check(lookup: Lookup, digests: Sequence[bytes], namespace: bytes = NAMESPACE
 def hits_of(store: LmdbStore, digests: Sequence[bytes], namespace: bytes = NAMESPACE) -> set[int]:
     """Look ``digests`` up, check what was found and return its positions."""
     return check(store.get_many(namespace, digests), digests, namespace)
+
+
+def verdict_of(store: LmdbStore, namespace: bytes = NAMESPACE) -> Verdict:
+    """Return what a lookup says of a namespace."""
+    return store.get_many(namespace, []).verdict
+
+
+def entry_of(store: LmdbStore, namespace: bytes = NAMESPACE) -> Namespace | None:
+    """Return a namespace's entry as it is on disk."""
+    with store._environment.reading() as txn:
+        value = txn.get(b"n" + namespace)
+        return None if value is None else _parse_namespace(bytes(value))
 
 
 def close_environments() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
@@ -17,14 +18,17 @@ from tests.storage.known_values import (
     close_environments,
     digests_of,
     directory_bytes,
+    entry_of,
     forget_environments,
     hits_of,
     open_store,
     packed_of,
     put,
+    verdict_of,
 )
 from torchcache.storage import budget as budgets
 from torchcache.storage import lmdb as lmdb_store
+from torchcache.storage.contract import Verdict
 
 NAMESPACES = [b"%016d" % i for i in range(6)]
 
@@ -142,9 +146,9 @@ def test_the_bound_holds_for_a_large_tree_of_small_rows(root, seed, monkeypatch)
 
 def test_a_deletion_grows_the_file_by_no_more_than_the_room_it_was_given(root, monkeypatch):
     rooms = []
-    deletable_rows = budgets.deletable_rows
+    deletable = budgets.deletable
     monkeypatch.setattr(
-        budgets, "deletable_rows", lambda txn, room: rooms.append(room) or deletable_rows(txn, min(room, 500_000))
+        budgets, "deletable", lambda txn, room: rooms.append(room) or deletable(txn, min(room, 500_000))
     )
     store = open_store(root)
     for first in range(0, 30_000, 2000):
@@ -157,6 +161,61 @@ def test_a_deletion_grows_the_file_by_no_more_than_the_room_it_was_given(root, m
         store._delete_slices([key], 1 << 40)
         assert rooms, "a deletion that nobody asked the budget for"
         assert (store.path / "data.mdb").stat().st_size - before <= 500_000 * len(rooms)
+
+
+@pytest.mark.parametrize("nbytes", [60, 3000, 70_000, 2_000_000])
+@pytest.mark.parametrize("how", ["delete_many", "judge"])
+def test_deleting_by_key_or_namespace_grows_the_file_by_no_more_than_its_room(root, monkeypatch, nbytes, how):
+    """Each transaction, from a tree of any size; rows in random order touch the most pages."""
+    room, grown = 400_000, []
+    deletable = budgets.deletable
+    store = open_store(root)
+
+    def noted(txn, _):
+        grown.append((store.path / "data.mdb").stat().st_size)
+        return deletable(txn, room)
+
+    monkeypatch.setattr(budgets, "deletable", noted)
+    n = min(4000, 30_000_000 // nbytes)
+    step = max(1, min(2000, 3_000_000 // nbytes))
+    for first in range(0, n, step):
+        put(store, digests_of(range(first, first + step)), nbytes=nbytes)
+    digests = digests_of(range(n))
+    random.Random(0).shuffle(digests)
+    if how == "judge":
+        store.judge(NAMESPACE, Verdict.DEPENDENT)
+    else:
+        assert store.delete_many(NAMESPACE, digests[: n // 2]) == n // 2
+        assert hits_of(store, digests) == set(range(n // 2, n))
+        store.delete_many(NAMESPACE, digests)
+    assert len(grown) > 1
+    grown.append((store.path / "data.mdb").stat().st_size)
+    assert max(after - before for before, after in itertools.pairwise(grown)) <= room
+
+
+def test_a_segment_whose_pages_cannot_even_be_listed_stays(root, monkeypatch):
+    """LMDB writes down every page that becomes free, eight bytes each."""
+    store = open_store(root)
+    put(store, digests_of([1, 2]), nbytes=1_000_000)
+    monkeypatch.setattr(budgets, "deletable", lambda *_: (100, 900_000))
+    assert store.delete_many(NAMESPACE, digests_of([1])) == 0
+    store.judge(NAMESPACE, Verdict.DEPENDENT)
+    assert entry_of(store).rows == 2
+    monkeypatch.setattr(budgets, "deletable", lambda *_: (100, 1_100_000))
+    assert store.delete_many(NAMESPACE, digests_of([1])) == 1
+    store.judge(NAMESPACE, Verdict.DEPENDENT)
+    assert entry_of(store).rows == 0
+
+
+def test_what_may_be_deleted_grows_with_the_room_there_is(store):
+    put(store, digests_of(range(4000)), nbytes=50)
+    with store._environment.reading() as txn:
+        assert budgets.deletable(txn, 0) == (0, 0)
+        some, nbytes = budgets.deletable(txn, 200_000)
+        more, more_bytes = budgets.deletable(txn, 50_000_000)
+    assert 0 < some < more
+    assert 0 < nbytes < more_bytes
+    assert more_bytes > 1 << 30
 
 
 # -- the limit ------------------------------------------------------------------------------------------------------
@@ -285,6 +344,78 @@ def test_what_is_full_says_so_once_with_the_remedy(root, caplog):
     assert "max_persistent_cache_size" in said
     assert str(root) in said
     assert "300000" in said
+
+
+@pytest.mark.parametrize("room", [0, 4095, 70_000, 90_000, 150_000, 900_000, 1_200_000])
+@pytest.mark.parametrize("eviction", ["stale", "lru"])
+def test_marks_verdicts_and_deletions_keep_to_the_last_bytes_of_the_budget(root, clock, room, eviction):
+    """Somebody else's file leaves exactly so much room; what does not fit is left out."""
+    limit = 20_000_000
+    store = open_store(root, budget_bytes=limit, eviction=eviction)
+    for first in range(0, 4000, 1000):
+        put(store, digests_of(range(first, first + 1000)), nbytes=60, namespace=NAMESPACES[first // 1000 % 2])
+    # The free pages of earlier commits would take the new ones, and a reader keeps them from it.
+    pinned = threading.Event()
+    leave = threading.Event()
+
+    def read_on():
+        with store._environment.reading():
+            pinned.set()
+            leave.wait(30)
+
+    thread = threading.Thread(target=read_on)
+    thread.start()
+    assert pinned.wait(10)
+    try:
+        hits_of(store, digests_of(range(4000)), NAMESPACES[0])  # for lru: many marks wait to be noted
+        (root / "filler").write_bytes(b"")
+        os.truncate(root / "filler", limit - room - directory_bytes(root))
+        assert directory_bytes(root) == limit - room
+        for step in range(6):
+            clock.offset += 700
+            store.touch(NAMESPACES[step % 2])
+            assert directory_bytes(root) <= limit, "touch"
+            store.judge(NAMESPACES[2 + step % 2], Verdict.INDEPENDENT)
+            assert directory_bytes(root) <= limit, "judge"
+            store.delete_many(NAMESPACES[0], digests_of(range(100 * step, 100 * step + 50)))
+            assert directory_bytes(root) <= limit, "delete_many"
+            store.judge(NAMESPACES[1], Verdict.DEPENDENT)
+            assert directory_bytes(root) <= limit, "judge and delete"
+        if not 90_000 <= room < 900_000:  # between, it depends on how many pages are free
+            assert verdict_of(store, NAMESPACES[2]) is (Verdict.INDEPENDENT if room >= 900_000 else Verdict.UNKNOWN)
+    finally:
+        leave.set()
+        thread.join(10)
+
+
+@pytest.mark.parametrize("limit", [1, 20_000, 60_000])
+def test_a_budget_too_small_for_a_verdict_drops_it(root, limit, caplog):
+    store = open_store(root, budget_bytes=limit)
+    store.judge(NAMESPACE, Verdict.DEPENDENT)
+    store.touch(NAMESPACE)
+    assert store.delete_many(NAMESPACE, digests_of([1])) == 0
+    assert verdict_of(store) is Verdict.UNKNOWN
+    assert directory_bytes(root) <= max(limit, 4096)
+    assert caplog.records == []
+
+
+def test_marks_verdicts_and_deletions_go_on_in_a_store_that_is_full_of_rows(root, clock):
+    """Else what is in use would count as stale after an hour, and the wrong rows would stay."""
+    store = open_store(root, budget_bytes=20_000_000)
+    rows = fill(store, nbytes=3000, step=100)
+    for step in range(20):
+        clock.offset += 700
+        store.touch(NAMESPACE)
+        assert time.time() + clock.offset - entry_of(store).touched_at < 100
+        store.judge(b"%016d" % (100 + step), Verdict.INDEPENDENT)
+        assert verdict_of(store, b"%016d" % (100 + step)) is Verdict.INDEPENDENT
+        assert store.delete_many(NAMESPACE, digests_of([step])) == 1
+        assert directory_bytes(root) <= 20_000_000
+    store.judge(NAMESPACE, Verdict.DEPENDENT)
+    assert verdict_of(store) is Verdict.DEPENDENT
+    assert entry_of(store).rows == 0
+    assert rows * 3000 > 15_000_000
+    assert put(store, digests_of(range(20)), nbytes=3000, namespace=NAMESPACES[1]).rows == 20
 
 
 # -- eviction -------------------------------------------------------------------------------------------------------
@@ -459,6 +590,46 @@ def test_eviction_leaves_no_index_entry_without_its_record(root, clock):
     for key, location in entries.items():
         if key[:1] == b"i":
             assert key[1:4] + location[:4] in segments
+
+
+def test_a_verdict_goes_with_its_stale_namespace_only(root, clock):
+    """It is as small as a row of the index, but there may be one for every state the module ever had."""
+    store = open_store(root, budget_bytes=3_000_000)
+    old, empty, used = NAMESPACES[:3]
+    put(store, digests_of(range(50)), nbytes=3000, namespace=old)
+    for namespace in (old, empty, used):
+        store.judge(namespace, Verdict.INDEPENDENT)
+    clock.offset = 7200
+    store.touch(used)
+    fill(store, NAMESPACES[3])
+    assert hits_of(store, digests_of(range(50)), old) == set()
+    assert [entry_of(store, namespace) for namespace in (old, empty)] == [None, None]
+    assert verdict_of(store, used) is Verdict.INDEPENDENT
+
+
+def test_a_verdict_outlives_its_rows_under_lru(root, clock):
+    store = open_store(root, budget_bytes=5_000_000, eviction="lru")
+    put(store, digests_of(range(20)), nbytes=3000)
+    store.judge(NAMESPACE, Verdict.INDEPENDENT)
+    number = 0
+    while entry_of(store).rows:
+        clock.offset += 1
+        put(store, digests_of(range(number, number + 20)), nbytes=3000, namespace=NAMESPACES[1])
+        number += 20
+        assert number < 5000
+    assert verdict_of(store) is Verdict.INDEPENDENT
+    assert (entry_of(store).rows, entry_of(store).nbytes) == (0, 0)
+
+
+def test_rows_that_may_not_be_stored_evict_nothing(root, clock, monkeypatch):
+    store = open_store(root, budget_bytes=3_000_000)
+    store.judge(NAMESPACE, Verdict.DEPENDENT)
+    put(store, digests_of(range(100)), nbytes=3000, namespace=NAMESPACES[0])
+    fill(store, NAMESPACES[1])
+    clock.offset = 7200
+    monkeypatch.setattr(budgets.Budget, "allows", lambda *_: False)
+    assert put(store, digests_of(range(20)), nbytes=3000).dropped == {"rows_depend_on_batch": 20}
+    assert hits_of(store, digests_of(range(100)), NAMESPACES[0]) == set(range(100))
 
 
 def test_clearing_makes_room_at_once(root):

@@ -20,8 +20,10 @@ from tests.storage.known_values import (
     forget_environments,
     open_store,
     packed_of,
+    verdict_of,
     verify,
 )
+from torchcache.storage.contract import Verdict
 
 NAMESPACES = [b"%016d" % i for i in range(3)]
 BUDGET = 50_000_000
@@ -29,10 +31,14 @@ BUDGET = 50_000_000
 numbers = st.lists(st.integers(0, 60), min_size=1, max_size=20)
 namespaces = st.sampled_from(NAMESPACES)
 sizes = st.sampled_from([0, 50, 700, 3000, 70_000])
+verdicts = st.sampled_from([Verdict.INDEPENDENT, Verdict.INDEPENDENT, Verdict.DEPENDENT])
 
 
 class StoreModel(RuleBasedStateMachine):
-    """``model`` has the size of every value that was put; its bytes follow from its key."""
+    """``model`` has the size of every value that was put; its bytes follow from its key.
+
+    ``verdicts`` has what the namespaces were judged.
+    """
 
     @initialize(zstd_level=st.sampled_from([None, 1]))
     def make(self, zstd_level):
@@ -40,31 +46,65 @@ class StoreModel(RuleBasedStateMachine):
         self.settings = {"budget_bytes": BUDGET, "zstd_level": zstd_level}
         self.store = open_store(self.root, **self.settings)
         self.model: dict[tuple[bytes, int], int] = {}
+        self.verdicts: dict[bytes, Verdict] = {}
 
     def put_into(self, namespace, some, nbytes):
         written = self.store.put_many(packed_of(self.store, digests_of(some), nbytes, namespace))
-        assert (written.rows, dict(written.dropped)) == (len(some), {})
+        if self.is_dependent(namespace):
+            assert (written.rows, dict(written.dropped)) == (0, {"rows_depend_on_batch": len(some)})
+        else:
+            assert (written.rows, dict(written.dropped)) == (len(some), {})
+
+    def is_dependent(self, namespace):
+        return self.verdicts.get(namespace) is Verdict.DEPENDENT
+
+    def note(self, namespace, some, nbytes):
+        for number in () if self.is_dependent(namespace) else some:
+            self.model.setdefault((namespace, number), nbytes)
+
+    def delete_from(self, namespace, some):
+        there = {number for number in some if (namespace, number) in self.model}
+        assert self.store.delete_many(namespace, digests_of(some)) == len(there)
 
     @rule(namespace=namespaces, some=numbers, nbytes=sizes)
     def put(self, namespace, some, nbytes):
         self.put_into(namespace, some, nbytes)
+        self.note(namespace, some, nbytes)
+
+    @rule(namespace=namespaces, some=numbers)
+    def delete(self, namespace, some):
+        self.delete_from(namespace, some)
         for number in some:
-            self.model.setdefault((namespace, number), nbytes)
+            self.model.pop((namespace, number), None)
+
+    @rule(namespace=namespaces, some=numbers)
+    def delete_in_a_child(self, namespace, some):
+        in_child(self.delete_from, namespace, some)
+        for number in some:
+            self.model.pop((namespace, number), None)
+
+    @rule(namespace=namespaces, verdict=verdicts, is_in_child=st.booleans())
+    def judge(self, namespace, verdict, is_in_child):
+        if is_in_child:
+            in_child(self.store.judge, namespace, verdict)
+        else:
+            self.store.judge(namespace, verdict)
+        self.verdicts[namespace] = max(verdict, self.verdicts.get(namespace, verdict))
+        if self.is_dependent(namespace):
+            self.model = {key: nbytes for key, nbytes in self.model.items() if key[0] != namespace}
 
     @rule(some=st.lists(st.tuples(namespaces, numbers, sizes), min_size=1, max_size=4))
     def put_several(self, some):
         packed = []
         for namespace, batch, nbytes in some:
             packed += packed_of(self.store, digests_of(batch), nbytes, namespace)
-            for number in batch:
-                self.model.setdefault((namespace, number), nbytes)
+            self.note(namespace, batch, nbytes)
         self.store.put_many(packed)
 
     @rule(namespace=namespaces, some=numbers, nbytes=sizes)
     def put_in_a_child(self, namespace, some, nbytes):
         in_child(self.put_into, namespace, some, nbytes)
-        for number in some:
-            self.model.setdefault((namespace, number), nbytes)
+        self.note(namespace, some, nbytes)
 
     @rule(namespace=namespaces, some=numbers)
     def get(self, namespace, some):
@@ -79,6 +119,7 @@ class StoreModel(RuleBasedStateMachine):
         lookup = self.store.get_many(namespace, digests)
         hits = check(lookup, digests, namespace)
         assert lookup.corrupt == 0
+        assert lookup.verdict is self.verdicts.get(namespace, Verdict.UNKNOWN)
         assert hits == {i for i, number in enumerate(some) if (namespace, number) in self.model}
         for item in lookup.found:
             for position in item.positions:
@@ -92,11 +133,13 @@ class StoreModel(RuleBasedStateMachine):
     def delete_all(self):
         self.store.delete_all()
         self.model.clear()
+        self.verdicts.clear()
 
     @rule()
     def delete_all_in_a_child(self):
         in_child(self.store.delete_all)
         self.model.clear()
+        self.verdicts.clear()
         self.store._environment._checked_at = 0.0  # as after the second that a lookup may be behind
 
     @rule()
@@ -140,6 +183,7 @@ class SmallStoreModel(RuleBasedStateMachine):
         some = digests_of(range(first, first + n))
         written = self.store.put_many(packed_of(self.store, some, nbytes, namespace))
         assert written.rows + sum(written.dropped.values()) == n
+        assert not written.rows or verdict_of(self.store, namespace) is not Verdict.DEPENDENT
         if written.rows == n and n * nbytes < self.limit // 8:
             assert check(self.store.get_many(namespace, some), some, namespace) == set(range(n))
 
@@ -153,6 +197,20 @@ class SmallStoreModel(RuleBasedStateMachine):
     @rule(namespace=namespaces)
     def touch(self, namespace):
         self.store.touch(namespace)
+
+    @rule(namespace=namespaces, first=st.integers(0, 300), n=st.integers(1, 60))
+    def delete(self, namespace, first, n):
+        some = digests_of(range(first, first + n))
+        held = len(check(self.store.get_many(namespace, some), some, namespace))
+        deleted = self.store.delete_many(namespace, some)
+        left = len(check(self.store.get_many(namespace, some), some, namespace))
+        assert deleted == held - left
+
+    @rule(namespace=namespaces, verdict=verdicts)
+    def judge(self, namespace, verdict):
+        before = verdict_of(self.store, namespace)
+        self.store.judge(namespace, verdict)
+        assert verdict_of(self.store, namespace) in (before, max(before, verdict))
 
     @rule()
     def wake(self):

@@ -19,8 +19,8 @@ from xxhash import xxh3_64_digest
 from tests.storage.children import in_child
 from tests.storage.known_values import NAMESPACE, digest_of, plain_layout, rows_of
 from torchcache.errors import CorruptRecordError
-from torchcache.layout import CHANNELS_LAST, DTYPE_SIZES, Layout, Leaf, Rows
-from torchcache.storage.record import length_of, pack_rows, seed_of, unpack, unpack_many
+from torchcache.layout import CHANNELS_LAST, CHANNELS_LAST_3D, DTYPE_SIZES, Layout, Leaf, Rows
+from torchcache.storage.record import length_of, pack_rows, refusal_of, seed_of, unpack, unpack_many
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -28,12 +28,21 @@ DIGEST = bytes(range(16))
 FLOATS = Layout((Leaf("float32", "float32", (2, 3)),))
 STRUCTURED = Layout((Leaf("float16", "float32", (4, 2, 2), CHANNELS_LAST), Leaf("bool", "bool", (5,))), b"a structure")
 EMPTY = Layout((Leaf("complex128", "complex128", (3, 0)),))
+TREE = Layout(
+    (
+        Leaf("bfloat16", "float32", (2, 3)),
+        Leaf("int64", "int64", ()),
+        Leaf("uint8", "uint8", (3, 2, 2, 1), CHANNELS_LAST_3D),
+    ),
+    msgpack.packb(["dict", ["hidden", "length", "mask"], 3]),
+)
 REPETITIVE = Layout((Leaf("int64", "int64", (40,)),))
 
 #: name -> layout, zstd level; the bytes lie in tests/golden, in hex.
 GOLDEN_RECORDS = {
     "raw_float32": (FLOATS, None),
     "raw_structured": (STRUCTURED, None),
+    "raw_tree": (TREE, None),
     "raw_empty": (EMPTY, None),
     "zstd_int64": (REPETITIVE, 3),
 }
@@ -360,6 +369,38 @@ def test_rows_of_any_layouts_come_back_in_any_order(some, zstd_level, order, is_
             got[shuffled[position][0]] = (item.layout, row.tobytes())
     assert got == expected
     assert all(length_of(record) == len(record) for record in records)
+
+
+wild_layouts = st.builds(
+    Layout,
+    st.lists(
+        st.builds(
+            Leaf,
+            st.sampled_from(["uint8", "float32", "complex128"]),
+            st.sampled_from(["uint8", "float32", "no such dtype"]),
+            st.lists(st.sampled_from([0, 1, 1, 1, 2, 3, 1 << 20]), max_size=70).map(tuple),
+            st.sampled_from([0, 0, 0, 1, 2, 3]),
+        ),
+        max_size=3,
+    ).flatmap(lambda some: st.sampled_from([1, 1, 1, 100, 257]).map(lambda n: tuple(some) * n)),
+    st.sampled_from([0, 0, 5, 300, 40_000, 65_000, 65_480, 65_490, 65_500, 65_510, 65_520, 65_530, 70_000]).map(bytes),
+)
+
+
+@given(layout=wild_layouts)
+@settings(max_examples=400, deadline=None)
+def test_what_is_not_refused_is_read_again_and_the_rest_would_not_be(layout):
+    refusal = refusal_of(layout)
+    if refusal is None and layout.nbytes < 1 << 16:
+        data = np.full((1, layout.nbytes), 7, np.uint8)
+        (record,) = pack_rows(NAMESPACE, Rows([DIGEST], layout, data), None)
+        assert unpack(NAMESPACE, DIGEST, record) == (layout, data.tobytes())
+        assert length_of(record) == len(record)
+    elif layout.nbytes < 1 << 16 and all(leaf.output_dtype in DTYPE_SIZES for leaf in layout.leaves):
+        assert refusal == "too_large_to_describe"
+        (record,) = pack_rows(NAMESPACE, Rows([DIGEST], layout, np.zeros((1, layout.nbytes), np.uint8)), None)
+        found, _, _ = unpack_many(NAMESPACE, [DIGEST], [memoryview(record)])
+        assert not found or length_of(record) is None
 
 
 @given(st.lists(st.one_of(st.none(), st.binary(max_size=200)), max_size=6))

@@ -21,6 +21,7 @@ from tests.storage.known_values import (
     close_environments,
     digest_of,
     digests_of,
+    entry_of,
     forget_environments,
     hits_of,
     open_store,
@@ -28,11 +29,16 @@ from tests.storage.known_values import (
     plain_layout,
     put,
     value_of,
+    verdict_of,
     verify,
 )
 from torchcache.errors import StoreError
-from torchcache.layout import Layout, Leaf, Rows
-from torchcache.storage.record import MAX_VALUE_BYTES
+from torchcache.layout import MAX_LEAVES, Layout, Leaf, Rows
+from torchcache.storage import budget as budgets
+from torchcache.storage import lmdb as lmdb_store
+from torchcache.storage.contract import Verdict
+from torchcache.storage.directory import CacheDirectory, TurnCancelledError
+from torchcache.storage.record import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_VALUE_BYTES
 
 OTHER_NAMESPACE = b"another one.....".ljust(16)
 
@@ -189,8 +195,58 @@ def test_compression_saves_space_and_stores_raw_what_does_not_shrink(root):
 def test_a_value_larger_than_a_record_may_be_is_passed_by(store):
     rows = Rows([digest_of(1)], plain_layout(MAX_VALUE_BYTES + 1), np.empty((1, 0), np.uint8))
     written = store.put_many([store.pack(NAMESPACE, rows)])
-    assert (written.rows, written.nbytes) == (0, 0)
+    assert (written.rows, written.nbytes, dict(written.dropped)) == (0, 0, {"too_large": 1})
     assert hits_of(store, [digest_of(1)]) == set()
+
+
+BYTE = Leaf("uint8", "uint8", (1,))
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(Layout((BYTE,) * 3, b"a structure"), id="three leaves"),
+        pytest.param(Layout((BYTE,) * MAX_LEAVES, bytes(5000)), id="as many leaves as may be"),
+        pytest.param(Layout((BYTE,), bytes(MAX_HEADER_BYTES - 60)), id="a long structure"),
+        pytest.param(Layout((Leaf("uint8", "uint8", (1,) * MAX_DIMENSIONS),)), id="as many dimensions as may be"),
+        pytest.param(Layout((Leaf("float32", "float32", (50, 400)),) * 3, bytes(3000)), id="long rows"),
+    ],
+)
+@pytest.mark.parametrize("zstd_level", [None, 1])
+def test_a_structured_value_comes_back_with_its_structure(root, layout, zstd_level):
+    store, digests = open_store(root, zstd_level=zstd_level), digests_of(range(5))
+    data = np.random.default_rng(0).integers(0, 256, (5, layout.nbytes), dtype=np.uint8)
+    assert store.put_many([store.pack(NAMESPACE, Rows(digests, layout, data))]).rows == 5
+    lookup = store.get_many(NAMESPACE, [*digests, digest_of(9)])
+    (found,) = lookup.found
+    assert (found.layout, lookup.missing, lookup.corrupt) == (layout, [5], 0)
+    assert found.data[np.argsort(found.positions)].tobytes() == data.tobytes()
+    assert store.delete_many(NAMESPACE, digests) == 5
+    assert segments_of_open(store) == 0
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        pytest.param(Layout((BYTE,) * (MAX_LEAVES + 1)), id="too many leaves"),
+        pytest.param(Layout(()), id="no leaf"),
+        pytest.param(Layout((BYTE,), bytes(MAX_HEADER_BYTES - 40)), id="too long a structure"),
+        pytest.param(Layout((BYTE,), bytes(10 * MAX_HEADER_BYTES)), id="far too long a structure"),
+        pytest.param(Layout((BYTE,) * MAX_LEAVES, bytes(MAX_HEADER_BYTES - 100)), id="too much together"),
+        pytest.param(Layout((Leaf("uint8", "uint8", (1,) * (MAX_DIMENSIONS + 1)),)), id="too many dimensions"),
+        pytest.param(Layout((Leaf("uint8", "uint8", (1 << 20, 0, 1 << 20)),)), id="huge around nothing"),
+        pytest.param(Layout((Leaf("uint8", "no such dtype", (1,)),)), id="unknown dtype"),
+        pytest.param(Layout((Leaf("uint8", "uint8", (1,), 7),)), id="unknown memory format"),
+    ],
+)
+def test_a_value_that_no_header_can_describe_is_dropped_and_counted(store, layout):
+    data = np.zeros((3, layout.nbytes), np.uint8)
+    refused = store.pack(NAMESPACE, Rows(digests_of(range(3)), layout, data))
+    assert dict(store.put_many([refused]).dropped) == {"too_large_to_describe": 3}
+    assert not store.path.exists()
+    written = store.put_many([*packed_of(store, digests_of(range(5, 8))), refused])
+    assert (written.rows, dict(written.dropped)) == (3, {"too_large_to_describe": 3})
+    assert hits_of(store, digests_of(range(8))) == {5, 6, 7}
 
 
 def test_samples_whose_digests_share_a_front_never_get_each_others_value(store):
@@ -380,6 +436,7 @@ def test_a_damaged_entry_of_the_namespace_table_costs_its_rows_and_is_replaced(s
     put(store, digests_of(range(10)))
     put(store, digests_of(range(5, 10)), namespace=OTHER_NAMESPACE)
     store.touch(NAMESPACE)
+    store.judge(NAMESPACE, Verdict.INDEPENDENT)
     assert hits_of(store, digests_of(range(10)), OTHER_NAMESPACE) == set(range(10))
     # The damaged number may have hidden what a lookup could not know to be doubtful: one more round.
     assert set(range(5, 10)) <= hits_of(store, digests_of(range(10)))
@@ -451,6 +508,288 @@ def test_no_bit_of_the_entries_beside_the_records_is_trusted(root):
         data.write_bytes(sound)
 
 
+# -- deletion -----------------------------------------------------------------------------------------------
+
+
+def test_deleted_rows_are_missing_and_the_others_stay(store):
+    digests = digests_of(range(20))
+    put(store, digests, nbytes=1000)
+    put(store, digests, namespace=OTHER_NAMESPACE)
+    assert store.delete_many(NAMESPACE, digests[5:8]) == 3
+    assert hits_of(store, digests) == set(range(20)) - {5, 6, 7}
+    assert hits_of(store, digests, OTHER_NAMESPACE) == set(range(20))
+    assert in_child(hits_of, store, digests) == set(range(20)) - {5, 6, 7}
+
+
+def test_a_deletion_counts_only_what_was_there(store):
+    assert store.delete_many(NAMESPACE, digests_of(range(3))) == 0
+    assert not store.path.exists()
+    put(store, digests_of(range(3)))
+    assert store.delete_many(OTHER_NAMESPACE, digests_of(range(3))) == 0
+    assert store.delete_many(NAMESPACE, digests_of([1, 7, 1, 2])) == 2
+    assert store.delete_many(NAMESPACE, digests_of([1, 2])) == 0
+    assert store.delete_many(NAMESPACE, []) == 0
+    assert hits_of(store, digests_of(range(3))) == {0}
+
+
+@pytest.mark.parametrize("nbytes", [0, 100, 3000, 70_000])
+def test_a_deleted_row_can_be_written_anew_with_another_value(store, nbytes):
+    digests = digests_of(range(10))
+    put(store, digests, nbytes=500)
+    for _ in range(3):
+        assert store.delete_many(NAMESPACE, digests[2:4]) == 2
+        put(store, digests, nbytes=nbytes)
+        sizes = {p: item.layout.nbytes for item in store.get_many(NAMESPACE, digests).found for p in item.positions}
+        assert sizes == {p: nbytes if p in (2, 3) else 500 for p in range(10)}
+
+
+def test_a_row_that_cannot_be_deleted_is_replaced_by_the_next_write(store, monkeypatch):
+    put(store, digests_of(range(5)), nbytes=500)
+    monkeypatch.setattr(budgets, "deletable", lambda *_: (0, 0))
+    assert store.delete_many(NAMESPACE, digests_of([1])) == 0
+    put(store, digests_of(range(5)), nbytes=600)
+    found = store.get_many(NAMESPACE, digests_of(range(5))).found
+    assert {item.layout.nbytes: list(item.positions) for item in found} == {500: [0, 2, 3, 4], 600: [1]}
+
+
+@pytest.mark.parametrize(("nbytes", "n"), [(100, 2000), (3000, 100), (70_000, 7)])
+@pytest.mark.parametrize("entries", [1, 50, 4096])
+def test_a_segment_goes_with_its_last_row_and_the_namespace_too(store, monkeypatch, nbytes, n, entries):
+    monkeypatch.setattr(budgets, "deletable", lambda *_: (entries, 1 << 40))
+    digests = digests_of(range(n))
+    put(store, digests, nbytes=nbytes)
+    put(store, digests[:3], namespace=OTHER_NAMESPACE)
+    before = entry_of(store)
+    random.Random(0).shuffle(digests)
+    assert store.delete_many(NAMESPACE, digests[: n // 2]) == n // 2
+    left = entry_of(store)
+    assert (left.rows, left.nbytes) == (n - n // 2, before.nbytes * (n - n // 2) // n)
+    assert store.delete_many(NAMESPACE, digests[n // 2 :]) == n - n // 2
+    assert entry_of(store) is None
+    assert entry_of(store, OTHER_NAMESPACE).rows == 3
+    assert segments_of_open(store) == 1
+    put(store, digests, nbytes=nbytes)
+    assert hits_of(store, digests) == set(range(n))
+
+
+def test_a_segment_whose_end_cannot_be_walked_stays(store):
+    """A damaged header hides the records behind it, which the index still knows."""
+    digests = digests_of(range(6))
+    put(store, digests)
+    close_environments()
+    with lmdb.open(str(store.path)) as env, env.begin(write=True) as txn:
+        ((key, segment),) = [(key, value) for key, value in txn.cursor() if key[:1] == b"s"]
+        at = segment.index(digests[2]) - 14
+        txn.put(key, segment[:at] + b"\0" + segment[at + 1 :])
+    assert store.delete_many(NAMESPACE, digests[:2]) == 2
+    assert hits_of(store, digests) == {3, 4, 5}
+    put(store, digests)
+    assert hits_of(store, digests) == set(range(6))
+    assert store.delete_many(NAMESPACE, digests) == 6
+    store.delete_all()
+
+
+def test_deleting_a_sample_takes_the_place_that_its_twin_has(store):
+    """The index has half a digest; the value that was to go must never be the one that stays."""
+    one = digest_of(1)
+    twin = one[:8] + bytes(8)
+    put(store, [one])
+    store.delete_many(NAMESPACE, [twin])
+    put(store, [twin])
+    assert hits_of(store, [one, twin]) == {1}
+
+
+def test_a_deletion_goes_to_the_file_that_another_process_made(store):
+    put(store, digests_of(range(10)))
+    in_child(delete_and_put, store, digests_of(range(5)))
+    assert store.delete_many(NAMESPACE, digests_of(range(3))) == 3
+    assert in_child(hits_of, store, digests_of(range(10))) == {3, 4}
+    in_child(store.delete_all)
+    assert store.delete_many(NAMESPACE, digests_of(range(10))) == 0
+
+
+def cancel_after(n):
+    """Return a function that says to give up when it is asked the ``n``-th time."""
+    answers = iter([False] * (n - 1))
+    return lambda: next(answers, True)
+
+
+def test_a_deletion_can_be_given_up_between_its_transactions_and_made_again(store, monkeypatch):
+    monkeypatch.setattr(budgets, "deletable", lambda *_: (12, 1 << 40))
+    digests = digests_of(range(60))
+    put(store, digests)
+    with pytest.raises(TurnCancelledError):
+        store.delete_many(NAMESPACE, digests, cancel_after(3))
+    assert hits_of(store, digests) == set(range(20, 60))
+    assert store.delete_many(NAMESPACE, digests, cancel_after(99)) == 40
+    assert hits_of(store, digests) == set()
+
+
+def test_others_may_write_between_the_transactions_of_a_deletion(store, root, monkeypatch):
+    monkeypatch.setattr(budgets, "deletable", lambda *_: (12, 1 << 40))
+    other, number = open_store(root, "another-hash", lock_timeout_seconds=0.0), iter(range(100, 1000))
+    put(store, digests_of(range(60)))
+    store.delete_many(NAMESPACE, digests_of(range(60)), lambda: put(other, digests_of([next(number)])).rows != 1)
+    assert next(number) > 103
+
+
+# -- verdicts -------------------------------------------------------------------------------------------------
+
+
+def test_a_namespace_has_no_verdict_before_it_is_judged(store):
+    assert verdict_of(store) is Verdict.UNKNOWN
+    put(store, digests_of(range(3)))
+    assert store.get_many(NAMESPACE, digests_of([1])).verdict is Verdict.UNKNOWN
+    assert verdict_of(store, OTHER_NAMESPACE) is Verdict.UNKNOWN
+
+
+def test_a_verdict_is_kept_beside_the_rows_for_every_process(store, root):
+    put(store, digests_of(range(3)))
+    store.judge(NAMESPACE, Verdict.INDEPENDENT)
+    put(store, digests_of([3]))
+    for _ in range(2):
+        assert hits_of(store, digests_of(range(4))) == {0, 1, 2, 3}
+        assert verdict_of(store) is in_child(verdict_of, store) is Verdict.INDEPENDENT
+        assert verdict_of(store, OTHER_NAMESPACE) is Verdict.UNKNOWN
+        forget_environments()
+        store = open_store(root)
+
+
+@pytest.mark.parametrize("verdict", [Verdict.INDEPENDENT, Verdict.DEPENDENT])
+def test_a_namespace_can_be_judged_before_it_has_rows(store, verdict):
+    store.judge(NAMESPACE, verdict)
+    assert verdict_of(store) is verdict
+    assert (entry_of(store).rows, entry_of(store).nbytes) == (0, 0)
+    written = put(store, digests_of(range(3)))
+    assert written.rows == (3 if verdict is Verdict.INDEPENDENT else 0)
+    assert verdict_of(store) is verdict
+
+
+@pytest.mark.parametrize("entries", [1, 20, 4096])
+@pytest.mark.parametrize("nbytes", [100, 70_000])
+def test_rows_that_depend_on_their_batch_are_deleted_and_never_stored(store, monkeypatch, entries, nbytes):
+    monkeypatch.setattr(budgets, "deletable", lambda *_: (entries, 1 << 40))
+    digests = digests_of(range(30))
+    put(store, digests, nbytes=nbytes)
+    put(store, digests, namespace=OTHER_NAMESPACE)
+    store.judge(NAMESPACE, Verdict.DEPENDENT)
+    lookup = store.get_many(NAMESPACE, digests)
+    assert (lookup.found, lookup.missing, lookup.corrupt) == ([], list(range(30)), 0)
+    assert lookup.verdict is in_child(verdict_of, store) is Verdict.DEPENDENT
+    assert (entry_of(store).rows, entry_of(store).nbytes) == (0, 0)
+    assert segments_of_open(store) == 1
+    written = put(store, digests, nbytes=nbytes)
+    assert (written.rows, written.nbytes, dict(written.dropped)) == (0, 0, {"rows_depend_on_batch": 30})
+    assert segments_of_open(store) == 1
+    assert hits_of(store, digests, OTHER_NAMESPACE) == set(range(30))
+
+
+def test_rows_of_a_judged_namespace_cost_only_themselves_in_a_commit(store):
+    store.judge(NAMESPACE, Verdict.DEPENDENT)
+    packed = packed_of(store, digests_of(range(4))) + packed_of(store, digests_of(range(5)), namespace=OTHER_NAMESPACE)
+    written = store.put_many(packed + packed)
+    assert (written.rows, dict(written.dropped)) == (10, {"rows_depend_on_batch": 8})
+    assert hits_of(store, digests_of(range(5)), OTHER_NAMESPACE) == set(range(5))
+
+
+def test_that_rows_depend_on_their_batch_is_final(store):
+    store.judge(NAMESPACE, Verdict.INDEPENDENT)
+    store.judge(NAMESPACE, Verdict.DEPENDENT)
+    store.judge(NAMESPACE, Verdict.INDEPENDENT)
+    assert verdict_of(store) is Verdict.DEPENDENT
+    with pytest.raises(AssertionError):
+        store.judge(NAMESPACE, Verdict.UNKNOWN)
+    store.delete_all()
+    assert verdict_of(store) is Verdict.UNKNOWN
+
+
+def test_a_verdict_outlives_the_last_row(store):
+    put(store, digests_of(range(3)))
+    store.judge(NAMESPACE, Verdict.INDEPENDENT)
+    assert store.delete_many(NAMESPACE, digests_of(range(3))) == 3
+    assert verdict_of(store) is Verdict.INDEPENDENT
+    assert (entry_of(store).rows, entry_of(store).nbytes) == (0, 0)
+
+
+def test_a_verdict_counts_from_its_own_commit_on(store, monkeypatch):
+    """A process killed before the rows are deleted: nobody reads them, and the next judge deletes them."""
+    put(store, digests_of(range(3)))
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(lmdb_store._Deletion, "delete_segments", die)
+        with pytest.raises(KeyboardInterrupt):
+            store.judge(NAMESPACE, Verdict.DEPENDENT)
+    assert hits_of(store, digests_of(range(3))) == set()
+    assert verdict_of(store) is Verdict.DEPENDENT
+    assert put(store, digests_of([5])).rows == 0
+    assert segments_of_open(store) == 1
+    store.judge(NAMESPACE, Verdict.DEPENDENT)
+    assert segments_of_open(store) == 0
+
+
+def test_judging_can_be_given_up_between_its_transactions_and_done_again(store, monkeypatch):
+    monkeypatch.setattr(budgets, "deletable", lambda *_: (12, 1 << 40))
+    put(store, digests_of(range(60)))
+    with pytest.raises(TurnCancelledError):
+        store.judge(NAMESPACE, Verdict.DEPENDENT, cancel_after(2))
+    assert 0 < entry_of(store).rows < 60
+    assert hits_of(store, digests_of(range(60))) == set()
+    store.judge(NAMESPACE, Verdict.DEPENDENT)
+    assert (entry_of(store).rows, segments_of_open(store)) == (0, 0)
+
+
+def test_a_verdict_goes_to_the_file_that_another_process_made(store):
+    put(store, digests_of(range(10)))
+    in_child(delete_and_put, store, digests_of(range(5)))
+    store.judge(NAMESPACE, Verdict.INDEPENDENT)
+    assert in_child(verdict_of, store) is Verdict.INDEPENDENT
+
+
+def test_a_verdict_that_is_there_is_not_written_again(store):
+    store.judge(NAMESPACE, Verdict.INDEPENDENT)
+    before = (store.path / "data.mdb").read_bytes()
+    store.judge(NAMESPACE, Verdict.INDEPENDENT)
+    assert (store.path / "data.mdb").read_bytes() == before
+
+
+@pytest.mark.parametrize("more", [[], [0], [3], [-1], [1 << 40], [True], [1.0], [None], [[]], [9, 1]], ids=repr)
+def test_an_entry_without_a_verdict_that_this_version_knows_has_none(store, more):
+    """Entries of the version before this one, and of later ones."""
+    put(store, digests_of(range(5)))
+    entry = entry_of(store)
+    fields = [entry.number, entry.next_segment, entry.rows, entry.nbytes, entry.created_at, entry.touched_at]
+    close_environments()
+    with lmdb.open(str(store.path)) as env, env.begin(write=True) as txn:
+        txn.put(b"n" + NAMESPACE, msgpack.packb([*fields, *more]))
+    assert hits_of(store, digests_of(range(5))) == set(range(5))
+    assert verdict_of(store) is Verdict.UNKNOWN
+    store.judge(NAMESPACE, Verdict.DEPENDENT)
+    assert verdict_of(store) is Verdict.DEPENDENT
+
+
+def test_a_verdict_is_one_more_field_of_the_entry_and_of_one_byte(store):
+    store.judge(NAMESPACE, Verdict.DEPENDENT)
+    with store._environment.reading() as txn:
+        value = bytes(txn.get(b"n" + NAMESPACE))
+    assert len(msgpack.unpackb(value)) == 7
+    assert value[-1:] == b"\x02"
+
+
+# -- turns ----------------------------------------------------------------------------------------------------
+
+
+def test_a_commit_measures_the_directory_once(store, monkeypatch):
+    put(store, digests_of([0]))
+    calls = []
+    measure = CacheDirectory.measure
+    monkeypatch.setattr(CacheDirectory, "measure", lambda self: calls.append(1) or measure(self))
+    put(store, digests_of([1]))
+    assert len(calls) == 1
+
+
 # -- what children do -----------------------------------------------------------------------------------------
 
 
@@ -471,6 +810,12 @@ def use_a_damaged_store(root: Path, digests, nbytes: int) -> int:
             put(store, digests, nbytes=nbytes, namespace=namespace)
         with contextlib.suppress(StoreError):
             hits_of(store, digests, namespace)
+        with contextlib.suppress(StoreError):
+            store.delete_many(namespace, digests[::2])
+        with contextlib.suppress(StoreError):
+            store.judge(namespace, Verdict.DEPENDENT)
+        with contextlib.suppress(StoreError):
+            hits_of(store, digests, namespace)
     return found
 
 
@@ -485,6 +830,11 @@ def look_at_the_file_again(store) -> None:
 def segments_of(path: Path) -> int:
     with lmdb.open(str(path), readonly=True, lock=False) as env, env.begin() as txn:
         return sum(key[:1] == b"s" for key, _ in txn.cursor())
+
+
+def segments_of_open(store) -> int:
+    with store._environment.reading() as txn:
+        return sum(bytes(key[:1]) == b"s" for key, _ in txn.cursor())
 
 
 def damage(path: Path, needle: bytes) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import os
@@ -16,9 +17,10 @@ import pytest
 
 from tests.storage.known_values import NAMESPACE, check, digest_of, digests_of, hits_of, open_store, rows_of, value_of
 from torchcache.errors import StoreError
-from torchcache.layout import Rows
+from torchcache.layout import Layout, Leaf, Rows
 from torchcache.storage import writer as writer_module
-from torchcache.storage.contract import Lookup, Packed, Written
+from torchcache.storage.contract import Lookup, Packed, Verdict, Written
+from torchcache.storage.directory import TurnCancelledError
 from torchcache.storage.writer import Writer
 
 OTHER_NAMESPACE = b"another one.....".ljust(16)
@@ -291,16 +293,9 @@ def test_each_store_gets_its_own_rows(writer, store, observer):
 
 
 def test_marks_of_use_are_passed_on(writer, store, observer):
-    writer.touch(store, observer, NAMESPACE)
+    writer.do(store, observer, functools.partial(store.touch, NAMESPACE))
     assert writer.flush(10)
     assert store.touched == [NAMESPACE]
-
-
-def test_a_full_store_is_not_packed_for(writer, store, observer):
-    store.full = True
-    assert offer(writer, store, observer, range(7))
-    assert writer.flush(10)
-    assert (store.commits, observer.dropped) == ([], {"budget": 7})
 
 
 ERRORS = {
@@ -313,6 +308,222 @@ ERRORS = {
     "recursion": RecursionError,
 }
 EXITS = {"exit": SystemExit, "interrupt": KeyboardInterrupt, "generator exit": GeneratorExit}
+
+
+# -- tasks ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_keeps_its_place_among_the_rows(writer, store, observer):
+    seen = []
+    store.let_through.set()
+    assert offer(writer, store, observer, [0])
+    assert store.entered.wait(10)
+    for i in range(1, 4):
+        assert offer(writer, store, observer, [2 * i - 1])
+        assert offer(writer, store, observer, [2 * i])
+        assert writer.do(store, observer, lambda cancel: seen.append((cancel(), set(store.written))))
+    assert offer(writer, store, observer, [7])
+    assert writer.flush(10)
+    assert seen == [(False, set(digests_of(range(2 * i + 1)))) for i in range(1, 4)]
+    assert store.written == set(digests_of(range(8)))
+
+
+def test_a_task_of_a_store_waits_for_those_of_others_before_it(writer, store, observer):
+    other, seen = FakeStore(), []
+    assert offer(writer, store, observer, [1])
+    assert writer.do(other, observer, lambda _: seen.append(set(store.written)))
+    assert not writer.flush(0.05, other)
+    store.let_through.set()
+    assert writer.flush(10, other)
+    assert seen == [{digest_of(1)}]
+
+
+@pytest.mark.parametrize("error", [*ERRORS, *EXITS])
+def test_a_task_that_raises_costs_nobody_else(writer, store, observer, error):
+    def fail(cancel):
+        raised = {**ERRORS, **EXITS}[error]()
+        raise raised
+
+    store.let_through.set()
+    assert writer.do(store, observer, fail)
+    assert offer(writer, store, observer, range(3))
+    assert writer.flush(10)
+    assert [rows for _, rows in observer.faults] == [0]
+    assert store.written == set(digests_of(range(3)))
+    assert (writer._bytes, writer._tasks, writer._pending) == (0, 0, {})
+
+
+def test_a_task_that_is_given_up_for_a_fork_is_run_again_in_its_place(writer, store, observer):
+    begun, seen = threading.Event(), []
+
+    def wait_for_the_fork(cancel):
+        seen.append(set(store.written))
+        begun.set()
+        while not cancel():
+            if len(seen) > 1:
+                return
+            os.sched_yield()
+        raise TurnCancelledError
+
+    store.let_through.set()
+    assert writer.do(store, observer, wait_for_the_fork)
+    assert offer(writer, store, observer, range(5))
+    assert begun.wait(10)
+    assert writer.before_fork(time.monotonic() + 10)
+    assert [job.n for job in writer._waiting] == [0, 5]
+    writer.after_fork_in_parent()
+    assert writer.flush(10)
+    assert seen == [set(), set()]
+    assert store.written == set(digests_of(range(5)))
+    assert (writer._tasks, observer.faults) == (0, [])
+
+
+def test_tasks_are_the_parents_after_a_fork(writer, store, observer):
+    assert offer(writer, store, observer, [1])
+    assert store.entered.wait(10)
+    assert writer.do(store, observer, lambda _: None)
+    store.let_through.set()
+    assert writer.before_fork(time.monotonic() + 10)
+    assert writer._tasks == 1
+    writer.after_fork_in_child(is_clean=True)
+    assert (writer._tasks, len(writer._waiting)) == (0, 0)
+
+
+def test_no_more_tasks_wait_than_their_bound(writer, store, observer, monkeypatch):
+    monkeypatch.setattr(writer_module, "_MOST_TASKS", 5)
+    done = []
+    assert offer(writer, store, observer, [1])
+    assert store.entered.wait(10)
+    accepted = [writer.do(store, observer, lambda _: done.append(1)) for _ in range(8)]
+    assert accepted == [True] * 5 + [False] * 3
+    assert writer._tasks == 5
+    store.let_through.set()
+    assert writer.flush(10)
+    assert len(done) == 5
+    assert writer.do(store, observer, lambda _: done.append(1))
+    assert writer.flush(10)
+    assert len(done) == 6
+
+
+def test_the_end_of_the_program_waits_for_tasks_as_long_as_they_ask(writer, store, observer):
+    done = []
+    assert writer.do(store, observer, lambda _: done.append(1), flush_seconds=5.0)
+    writer.end()
+    assert done == [1]
+    assert not writer.do(store, observer, lambda _: done.append(1))
+
+
+def test_tasks_lost_at_the_end_are_no_rows(writer, store, observer, caplog):
+    assert offer(writer, store, observer, [1])
+    assert store.entered.wait(10)
+    writer._flush_seconds = 0.0
+    assert writer.do(store, observer, lambda _: None)
+    writer.end()
+    assert [record.getMessage()[:6] for record in caplog.records] == ["1 rows"]
+    assert writer._tasks == 0
+    store.let_through.set()
+
+
+# -- rows that turned out wrong -------------------------------------------------------------------------------------
+
+
+def test_rows_that_are_forgotten_are_no_hits_though_they_may_be_committed(writer, store, observer):
+    assert offer(writer, store, observer, range(5))
+    assert offer(writer, store, observer, range(5), namespace=OTHER_NAMESPACE)
+    assert store.entered.wait(10)
+    assert offer(writer, store, observer, range(5, 10))
+    writer.forget(store, NAMESPACE, digests_of([1, 7, 99]))
+    assert queue_hits(writer, store, digests_of(range(10))) == set(range(10)) - {1, 7}
+    writer.forget(FakeStore(), NAMESPACE)
+    assert queue_hits(writer, store, digests_of(range(10))) == set(range(10)) - {1, 7}
+    writer.forget(store, NAMESPACE)
+    assert queue_hits(writer, store, digests_of(range(10))) == set()
+    assert queue_hits(writer, store, digests_of(range(5)), OTHER_NAMESPACE) == set(range(5))
+    assert writer.queued(store) == (15, 1500)
+    assert offer(writer, store, observer, [1])
+    assert queue_hits(writer, store, digests_of(range(10))) == {1}
+    store.let_through.set()
+    assert writer.flush(10)
+    assert (writer._bytes, writer._pending) == (0, {})
+    assert store.written == set(digests_of(range(10)))
+
+
+def test_a_row_that_took_the_place_of_a_forgotten_one_stays_a_hit(writer, store, observer):
+    assert offer(writer, store, observer, [1])
+    assert store.entered.wait(10)
+    writer.forget(store, NAMESPACE, digests_of([1]))
+    rows = rows_of(digests_of([1]), 300)
+    assert writer.put(store, observer, NAMESPACE, rows, queue_bytes=10_000, timeout_seconds=0.1, flush_seconds=5.0)
+    store.entered.clear()
+    store.let_through.set()
+    assert store.entered.wait(10)
+    found, _ = writer.get_many(store, NAMESPACE, digests_of([1]))
+    assert all(item.layout.nbytes == 300 for item in found)
+    assert writer.flush(10)
+
+
+def test_the_queue_says_what_it_has(writer, store, observer):
+    assert writer.has_many(store, NAMESPACE, digests_of(range(3))) == [False] * 3
+    assert offer(writer, store, observer, [1, 2])
+    assert writer.has_many(store, NAMESPACE, digests_of([2, 0, 1, 2])) == [True, False, True, True]
+    assert writer.has_many(store, OTHER_NAMESPACE, digests_of([1])) == [False]
+    assert writer.has_many(FakeStore(), NAMESPACE, digests_of([1])) == [False]
+    assert writer.has_many(store, NAMESPACE, []) == []
+
+
+def test_wrong_rows_that_are_queued_are_gone_when_the_task_behind_them_is_done(writer, root, observer):
+    store = open_store(root)
+    assert offer(writer, store, observer, range(10))
+    assert offer(writer, store, observer, range(10), namespace=OTHER_NAMESPACE)
+    writer.forget(store, NAMESPACE, digests_of([3]))
+    assert writer.do(store, observer, functools.partial(store.delete_many, NAMESPACE, digests_of([3])))
+    right = rows_of(digests_of([3]), 400)
+    assert writer.put(store, observer, NAMESPACE, right, queue_bytes=10_000, timeout_seconds=1, flush_seconds=5.0)
+    assert writer.do(store, observer, functools.partial(store.judge, OTHER_NAMESPACE, Verdict.DEPENDENT))
+    assert writer.flush(10)
+    found = store.get_many(NAMESPACE, digests_of(range(10))).found
+    assert {item.layout.nbytes: list(item.positions) for item in found} == {100: [0, 1, 2, *range(4, 10)], 400: [3]}
+    assert store.get_many(OTHER_NAMESPACE, digests_of(range(10))).verdict is Verdict.DEPENDENT
+    assert observer.faults == []
+
+
+# -- faults and refusals --------------------------------------------------------------------------------------------
+
+
+def structured_rows(numbers, structure):
+    layout = Layout((Leaf("uint8", "uint8", (10,)),), structure)
+    return Rows(digests_of(numbers), layout, np.zeros((len(numbers), 10), np.uint8))
+
+
+def test_the_structure_of_a_value_counts_in_a_commit_too(writer, store, observer):
+    """It is in every record, and a queue of small rows could make very large commits."""
+    store.most_commit_bytes = 10_000
+    for some in (range(1), range(1, 60), range(60, 61), range(61, 120)):
+        rows = structured_rows(some, bytes(2000))
+        assert writer.put(store, observer, NAMESPACE, rows, queue_bytes=10_000, timeout_seconds=1, flush_seconds=5)
+        assert store.entered.wait(10)
+    store.let_through.set()
+    assert writer.flush(10)
+    assert max(sum(len(item.digests) for item in commit) for commit in store.commits) <= 4
+    assert store.written == set(digests_of(range(120)))
+
+
+@pytest.mark.parametrize("n", [1, 10_000])
+def test_rows_that_no_record_can_hold_are_counted_and_cost_nobody_else(writer, root, observer, n):
+    store = open_store(root)
+    rows = structured_rows(range(n), bytes(100_000))
+    assert writer.put(store, observer, NAMESPACE, rows, queue_bytes=10_000, timeout_seconds=1, flush_seconds=5)
+    assert offer(writer, store, observer, range(n, n + 5), timeout=10.0)
+    assert writer.flush(20)
+    assert (observer.written, observer.dropped, observer.faults) == (5, {"too_large_to_describe": n}, [])
+    assert hits_of(store, digests_of(range(n + 5))) == set(range(n, n + 5))
+
+
+def test_a_full_store_is_not_packed_for(writer, store, observer):
+    store.full = True
+    assert offer(writer, store, observer, range(7))
+    assert writer.flush(10)
+    assert (store.commits, observer.dropped) == ([], {"budget": 7})
 
 
 @pytest.mark.parametrize(

@@ -1,111 +1,88 @@
 """The code that can run, as a fingerprint. This module does not import torch.
 
-What is hashed are code objects, instruction by instruction with their operands resolved, not source
-text: the text may have been edited since it was compiled, cannot tell closures apart, and is missing
-in a REPL. Docstrings, line numbers, file and module names do not count.
+What is hashed are code objects (see ``bytecode.py``), not source text: the text may have been edited since
+it was compiled, cannot tell closures apart, and is missing in a REPL.
 
 The walk starts at a class or a function and follows what its code refers to by name: globals, closure
-cells, attributes of imported modules. It goes on through code of the user's own and stops at the
-standard library, torch, and other installed distributions, which count by name and version.
+cells, defaults, attributes of imported modules, imports inside functions. It goes on through code of the
+user's own, also where a wrapper of somebody else's hides it, and stops at the standard library, torch, and
+other installed distributions, which count by name and version.
 """
 
 from __future__ import annotations
 
-import dis
 import functools
-import inspect
-import os
+import importlib
+import importlib.util
 import sys
-import sysconfig
 import types
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
+from torchcache.keys.bytecode import Reads, Writes, constant, fingerprint_code, is_constant, reads_of
+from torchcache.keys.changes import CLASS_BOOKKEEPING, Watch, is_container, is_plain_type, items_of
 from torchcache.keys.digest import digest_parts
-
-#: Flags of a code object that say how it runs (generator, coroutine, *args, ...); the rest, such as
-#: "has a docstring", does not count.
-_FLAG_MASK = (
-    inspect.CO_VARARGS
-    | inspect.CO_VARKEYWORDS
-    | inspect.CO_GENERATOR
-    | inspect.CO_COROUTINE
-    | inspect.CO_ASYNC_GENERATOR
-    | inspect.CO_ITERABLE_COROUTINE
+from torchcache.keys.origins import (
+    UNCOUNTED,
+    find_origin,
+    functions_behind,
+    is_own_class,
+    is_own_module,
+    origin_of_class,
+    origin_of_function,
+    origin_of_module,
+    version_of,
+)
+from torchcache.keys.places import (
+    MISSING,
+    AttributesOf,
+    ClosureOf,
+    DefaultsOf,
+    ItemsOf,
+    Name,
+    defaults_of,
+    reference,
 )
 
+__all__ = [
+    "MISSING",
+    "CodeWalk",
+    "Name",
+    "Writes",
+    "fingerprint_code",
+    "is_own_class",
+    "is_own_module",
+    "unwrap",
+    "walk_code",
+]
+
 #: Attributes of a class that are not code and do not change what it computes.
-_SKIPPED_CLASS_ATTRIBUTES = frozenset({
-    "__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "__annotations__",
-    "__annotate__", "__annotate_func__", "__annotations_cache__", "__firstlineno__",
-    "__static_attributes__", "__parameters__", "__orig_bases__", "__abstractmethods__", "_abc_impl",
-    "__slotnames__", "__classcell__", "__new__torchcache__", "cache_instance",
+_SKIPPED_CLASS_ATTRIBUTES = CLASS_BOOKKEEPING | {
+    "__module__", "__doc__", "__dict__", "__weakref__", "__qualname__", "__annotate__", "__annotate_func__",
+    "__firstlineno__", "__static_attributes__", "__parameters__", "__orig_bases__", "_abc_impl", "__classcell__",
+    "cache_instance",
+}  # fmt: skip
+
+#: Globals that say where code lies, not what it does; a script's are others in a spawned worker.
+_SKIPPED_GLOBALS = frozenset({
+    "__name__", "__qualname__", "__module__", "__file__", "__spec__", "__package__", "__loader__", "__builtins__",
+    "__doc__", "__annotations__", "__class__",
 })  # fmt: skip
 
-#: Methods that change the list, dict, set or deque they are called on.
-_MUTATORS = frozenset({
-    "append", "appendleft", "extend", "extendleft", "insert", "add", "update", "pop", "popleft", "popitem",
-    "remove", "discard", "clear", "setdefault", "sort", "reverse", "subtract", "put", "write",
-    "difference_update", "intersection_update", "symmetric_difference_update", "__setitem__",
-})  # fmt: skip
+#: Attributes of a function that say nothing about what it does.
+_SKIPPED_FUNCTION_ATTRIBUTES = frozenset({"cache_instance", "__torchcache_original__"})
 
-#: Functions in a table of up to so many items are walked.
-_MOST_TABLE_ITEMS = 64
+_BUILTIN = (
+    types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType,
+    types.ClassMethodDescriptorType, types.GetSetDescriptorType, types.MemberDescriptorType,
+)  # fmt: skip
 
-_LOADS_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
-_LOADS_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
-_LOADS_CELL = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"})
-
-#: Distributions whose code never counts: their versions are said by others (torch by the user's own
-#: care, Python by its minor version), and a patch release must not start every cache afresh.
-_UNCOUNTED = frozenset({"torch", "numpy", "torchcache", "the standard library"})
-
-
-@dataclass(frozen=True, slots=True)
-class Name:
-    """A global, closure variable or class attribute that walked code reads, and where to read it again.
-
-    ``is_own`` is False for one of an installed distribution, whose version counts.
-    """
-
-    label: str
-    place: Mapping[str, Any] | types.CellType
-    key: str
-    is_own: bool = True
-
-    def read(self) -> object:
-        """Return the variable's present value, or ``MISSING``."""
-        if isinstance(self.place, types.CellType):
-            try:
-                return self.place.cell_contents
-            except ValueError:
-                return MISSING
-        return self.place.get(self.key, MISSING)
-
-
-MISSING = object()
-
-
-@dataclass(slots=True)
-class Writes:
-    """What a piece of code changes: by assignment (exact), and in place (by the form of the statement)."""
-
-    assigned_attributes: set[str] = field(default_factory=set)
-    assigned_names: set[str] = field(default_factory=set)
-    changed_attributes: set[str] = field(default_factory=set)
-    changed_names: set[str] = field(default_factory=set)
-
-    def note_change(self, origin: _Origin) -> None:
-        """Note that the object that came from ``origin`` is changed in place."""
-        kind, name = origin
-        if kind == "attribute":
-            self.changed_attributes.add(name)
-        elif kind == "name":
-            self.changed_names.add(name)
+#: Wrappers are opened so deep, and so many of the objects in them looked at, to find code of the user's own.
+_MOST_DEPTH = 6
+_MOST_OBJECTS = 2000
 
 
 @dataclass(slots=True)
@@ -114,21 +91,41 @@ class CodeWalk:
 
     Attributes:
         fingerprint: Digest of all code reached.
-        names: Globals and closure cells with values that are neither code nor modules.
+        names: Globals, closure cells, defaults and class attributes with values that are more than code.
         writes: What the code that runs changes itself: that is no part of the key.
+        parts: What was walked, in this order, such as "function helper", with a digest of its own code. A second
+            one of a label is "function helper (2)".
+        classes: The classes of the user's own that were visited.
     """
 
     fingerprint: bytes = b""
     names: list[Name] = field(default_factory=list)
     writes: Writes = field(default_factory=Writes)
+    parts: list[tuple[str, bytes]] = field(default_factory=list)
+    classes: tuple[type, ...] = ()
+    _watch: Watch = field(default_factory=Watch, repr=False, compare=False)
+
+    def has_changed(self) -> bool:
+        """Tell whether walking again could give another result.
+
+        That is so if code came, went or was replaced at a name that the walk looked at; data that took the
+        place of other data is not asked about. In doubt it says yes. Costs some ten microseconds. Not
+        thread-safe: the owner calls it under a lock.
+        """
+        return self._watch.has_changed()
 
 
-def walk_code(target: type | Callable[..., object], parts: Iterable[type] = (), *, entry: str = "forward") -> CodeWalk:
+def walk_code(
+    target: type | Callable[..., object], parts: Iterable[object] = (), *, entry: str = "forward"
+) -> CodeWalk:
     """Walk the code that runs when ``target`` is called.
+
+    Own modules that a function imports when it runs are imported.
 
     Args:
         target: A function, or a class.
-        parts: Classes of the submodules of the module that is called, or that the function uses.
+        parts: Classes of the submodules of the module that is called, or that the function uses, and functions
+            and other callables that its state holds. The walk keeps none of those callables alive.
         entry: The method of a class that runs; only code reachable from it counts as a writer of
             attributes (a setter that ``forward`` does not call does not hide an attribute).
     """
@@ -137,17 +134,31 @@ def walk_code(target: type | Callable[..., object], parts: Iterable[type] = (), 
     walk.visit(target, "target")
     if not isinstance(target, type):
         walk.note_writes_of_functions()
-    for cls in dict.fromkeys([*((target,) if isinstance(target, type) else ()), *parts]):
-        walk.visit_class(cls)
-        walk.note_writes_of_method(cls, entry)
+    roots = {id(part): part for part in (target, *parts) if part is not target or isinstance(part, type)}
+    for part in roots.values():
+        if isinstance(part, type):
+            walk.visit_class(part)
+            walk.note_writes_of_method(part, entry)
+        else:
+            walk.visit_held(part)
     return walk.result()
+
+
+def unwrap(value: object) -> object:
+    """Return the user's own function behind those of ours, own or inherited."""
+    while isinstance(value, types.FunctionType) and {"__torchcache_original__", "__wrapped__"} <= vars(value).keys():
+        value = vars(value)["__wrapped__"]
+    return value
 
 
 def _home_of(target: type | Callable[..., object]) -> str | None:
     """Return the origin of the target, whose code counts wherever it comes from."""
-    if isinstance(target, types.FunctionType):
-        return _origin_of_function(target)
-    return _origin_of_module(getattr(target, "__module__", None))
+    if isinstance(target, type):
+        return origin_of_class(target)
+    origins = [origin_of_function(function) for function in functions_behind(target)]
+    if not origins:
+        return origin_of_module(getattr(target, "__module__", None))
+    return next((origin for origin in origins if origin not in UNCOUNTED), origins[0])
 
 
 class _Walk:
@@ -157,143 +168,382 @@ class _Walk:
         self._home = home  # None: the user's own, which always counts
         self._seen: dict[int, int] = {}
         self._kept: list[object] = []  # ids stay unique while the objects live
-        self._parts: list[bytes] = [f"python {sys.version_info[0]}.{sys.version_info[1]}".encode()]
         self._found = CodeWalk()
-        self._functions: list[types.FunctionType] = []
+        self._watch = self._found._watch  # noqa: SLF001 - a walk is made here
+        self._known_names: set[tuple[int, str]] = set()
+        self._function_names: list[tuple[str, Name]] = []  # of attributes of functions, with the functions' names
+        self._functions: dict[str, list[types.FunctionType]] = {}  # by the names they were reached by
+        self._classes: list[type] = []
+        self._is_weak = False  # what is visited belongs to somebody's state, and must not live for the walk
+        self._say(f"python {sys.version_info[0]}.{sys.version_info[1]}")
 
     def result(self) -> CodeWalk:
-        self._found.fingerprint = digest_parts(self._parts)
-        return self._found
+        found = self._found
+        # A function that keeps notes on another one changes it, as one that writes into a global dictionary.
+        found.names += [name for owner, name in self._function_names if owner not in found.writes.changed_names]
+        found.classes = tuple(self._classes)
+        found.fingerprint = digest_parts(part for label, digest in found.parts for part in (label.encode(), digest))
+        found.parts = _told_apart(found.parts)
+        self._watch.seal()
+        return found
 
-    # -- visiting ---------------------------------------------------------------------------------
+    # -- visiting ---------------------------------------------------------------------------------------
+
+    def visit_held(self, value: object) -> None:
+        """Visit code that lies in a module's state, and hold nothing of it."""
+        self._is_weak = True
+        known = {id(function) for functions in self._functions.values() for function in functions}
+        self.visit(value, "part")
+        self._is_weak = False
+        for functions in self._functions.values():
+            for function in functions:
+                if id(function) not in known:
+                    self._found.writes.note(function)
 
     def visit(self, value: object, label: str) -> bool:
         """Visit ``value`` if it is code; return False if it is (also) a value of another kind."""
         value = unwrap(value)
-        if isinstance(value, functools.partial):
-            self._say("partial", label)
-            self.visit(value.func, label)
+        if is_plain_type(type(value)):
             return False
-        if isinstance(value, types.MethodType):
-            return self.visit(value.__func__, label)
         if isinstance(value, types.FunctionType):
             self._visit_function(value, label)
-            return True
-        if isinstance(value, (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)):
-            self._say("builtin", label, getattr(value, "__qualname__", ""))
             return True
         if isinstance(value, type):
             self.visit_class(value)
             return True
         if isinstance(value, types.ModuleType):
-            self._stop_at(_origin_of_module(value.__name__), label)
+            name = getattr(value, "__name__", None)
+            self._stop_at(origin_of_module(name), label, name if isinstance(name, str) else "")
             return True
+        if isinstance(value, _BUILTIN):
+            owner = getattr(value, "__objclass__", None) or type(getattr(value, "__self__", None))
+            module = str(getattr(value, "__module__", None) or owner.__module__)
+            self._say(f"builtin {label}", module, getattr(value, "__qualname__", ""))
+            return True
+        if isinstance(value, (staticmethod, classmethod, property)):
+            self._say(f"{type(value).__name__} {label}")
+            for name in _inside(value, weak=self._is_weak):
+                self._visit_inner(name, f"{label}.{name.key}" if isinstance(value, property) else label)
+            return True
+        if isinstance(value, types.MethodType):
+            self.visit(value.__func__, label)
+            return self.visit(value.__self__, f"{label}.__self__")
+        if is_container(value):
+            self._visit_items(value, label)
+        elif (text := _script_of(value)) is not None:
+            self._say(f"script {label}", text)
+        elif self._leads_to_own(value):
+            self._visit_object(value, label)
         return False
 
     def visit_class(self, cls: type) -> None:
-        """Visit a class, its bases, their methods and class attributes."""
+        """Visit a class, its metaclass, its bases, their methods and class attributes."""
         for base in cls.__mro__:
-            origin = _origin_of_module(base.__module__)
+            origin = origin_of_class(base)
             if not self._is_own(origin):
-                self._stop_at(origin, base.__qualname__)
+                self._stop_at(origin, base.__qualname__, base.__module__)
                 continue
             if self._again("class", base, base.__name__):
                 continue
-            self._say("class", base.__name__)
-            for name, attribute in sorted(vars(base).items()):
-                if name in _SKIPPED_CLASS_ATTRIBUTES or name.startswith("torchcache_"):
+            self._classes.append(base)
+            self._watch.add_class(base)
+            self._watch.add_whole(vars(base))
+            kept = {name: value for name, value in sorted(vars(base).items()) if _counts(name, value)}
+            self._say(f"class {base.__name__}", " ".join(kept), *(b.__name__ for b in base.__bases__))
+            if type(base) is not type:
+                self.visit_class(type(base))
+            for name, value in kept.items():
+                original = vars(value).get("__torchcache_original__") if _is_ours(value) else None
+                if original is not None:
+                    value = original  # noqa: PLW2901 - what the class said itself
+                    self.visit(value, f"{base.__name__}.{name}")
                     continue
-                if getattr(attribute, "__torchcache_original__", attribute) is None:
-                    continue  # ours, standing in for what the class inherits
-                functions = [*_functions_of(attribute)]
-                for part, function in functions:
-                    self.visit(function, f"{name}{part}")
-                if not functions and not name.startswith("__"):
-                    self._visit_name(Name(f"{base.__name__}.{name}", vars(base), name, is_own_module(base.__module__)))
+                place = Name(f"{base.__name__}.{name}", vars(base), name, origin is None)
+                self._visit_name(place, place.label, is_data=not name.startswith("__"))
 
     def _visit_function(self, function: types.FunctionType, label: str) -> None:
-        origin = _origin_of_function(function)
+        origin = origin_of_function(function)
         if not self._is_own(origin):
-            self._stop_at(origin, f"{label} {function.__qualname__}")
+            # A wrapper took its name and its module from what it wraps.
+            is_wrapper = origin != "torchcache" and self._leads_to_own(function)
+            made_as = function.__code__.co_name if is_wrapper else function.__qualname__
+            self._stop_at(origin, label, f"{function.__globals__.get('__name__')}.{made_as}")
+            if is_wrapper and not self._again("inside", function, label):
+                self._watch.add_function(function, weak=self._is_weak)
+                for name in _inside(function, weak=self._is_weak):
+                    self._visit_inner(name, label, is_data=not name.key.startswith("__"))
             return
+        self._functions.setdefault(label.rpartition(".")[2], []).append(function)
         if self._again("function", function, label):
             return
         is_own = origin is None
-        self._functions.append(function)
-        self._say("function", label)
-        self._parts.append(fingerprint_code(function.__code__))
-        for name, default in _defaults(function):
-            self._say("default", name, _constant(default))
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
-            self._visit_name(Name(f"{function.__name__}.{name}", cell, name, is_own))
-        attributes = frozenset(_attribute_names(function.__code__))
-        for name in sorted(set(_global_names(function.__code__))):
-            if name in function.__globals__:
-                self._visit_name(Name(name, function.__globals__, name, is_own))
-                value = function.__globals__[name]
-                if isinstance(value, types.ModuleType) and self._is_own(_origin_of_module(value.__name__)):
-                    for attribute in sorted(attributes & vars(value).keys()):
-                        self._visit_name(Name(f"{name}.{attribute}", vars(value), attribute, is_own))
+        self._watch.add_function(function, weak=self._is_weak)
+        self._say(f"function {label}", *self._code_of(function))
+        self._visit_defaults(function, is_own=is_own)
+        closure = ClosureOf(weakref.ref(function)) if self._is_weak else None
+        for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            if key == "__class__":
+                self._visit_home_of_super(cell)
+                continue
+            self._visit_name(Name(f"{function.__name__}.{key}", cell if closure is None else closure, key, is_own), key)
+        self._visit_attributes_of_function(function, label, is_own=is_own)
+        was_weak, self._is_weak = self._is_weak, False  # globals are nobody's state
+        self._visit_globals(function, is_own=is_own)
+        self._is_weak = was_weak
 
-    def _visit_name(self, name: Name) -> None:
+    def _visit_globals(self, function: types.FunctionType, *, is_own: bool) -> None:
+        reads = reads_of(function.__code__)
+        for key in reads.names:
+            if key not in _SKIPPED_GLOBALS:
+                self._visit_name(Name(key, function.__globals__, key, is_own), key)
+                value = function.__globals__.get(key, MISSING)
+                if isinstance(value, types.ModuleType):
+                    self._follow_module(value, key, reads, is_own=is_own)
+        self._follow_chains(function, reads, is_own=is_own)
+        for level, module, wanted in reads.imports:
+            self._follow_import(function, level, module, wanted, is_own=is_own)
+
+    def _code_of(self, function: types.FunctionType) -> Iterator[bytes]:
+        """Yield the code and the defaults that are constants."""
+        yield fingerprint_code(function.__code__)
+        for key, value in defaults_of(function):
+            yield key.encode()
+            yield constant(value) if is_constant(value) else b"by value"
+
+    def _visit_defaults(self, function: types.FunctionType, *, is_own: bool) -> None:
+        place = DefaultsOf(reference(function, weak=self._is_weak))
+        for key, value in defaults_of(function):
+            if not is_constant(value):
+                self._visit_name(Name(f"{function.__name__}({key})", place, key, is_own), key)
+        keywords = function.__kwdefaults__ or {}
+        if keywords and not self._is_weak:
+            for key, value in keywords.items():
+                if is_constant(value):
+                    self._watch.add_exactly(keywords, key, value)
+            self._watch.add_whole(keywords)
+
+    def _visit_home_of_super(self, cell: types.CellType) -> None:
+        """Visit the class whose ``super()`` a function uses, unless that is how the function was found."""
+        try:
+            cls = cell.cell_contents
+        except ValueError:
+            return
+        if isinstance(cls, type) and id(cls) not in self._seen:
+            self.visit_class(cls)
+
+    def _visit_attributes_of_function(self, function: types.FunctionType, label: str, *, is_own: bool) -> None:
+        attributes = vars(function)
+        place: Any = AttributesOf(weakref.ref(function)) if self._is_weak else attributes
+        for key in sorted(filter(_is_text, attributes)):
+            if key not in _SKIPPED_FUNCTION_ATTRIBUTES:
+                name = Name(f"{label}.{key}", place, key, is_own)
+                if not self._visit_name(name, key, is_data=False) and not key.startswith("__"):
+                    self._function_names.append((label.rpartition(".")[2], name))
+
+    def _visit_name(self, name: Name, label: str, *, is_data: bool = True) -> bool:
+        """Visit what lies at a name now, and note it; return False if it is (also) data."""
         value = name.read()
-        if value is MISSING or name.key == "__class__":
-            return
-        if self.visit(value, name.key):
-            return
-        self._found.names.append(name)
-        if not name.is_own:
-            return  # the registries of a large library lead everywhere; its version counts
-        if isinstance(getattr(type(value), "forward", None), types.FunctionType) and hasattr(value, "modules"):
-            for module in value.modules():  # a torch module that the code uses
-                self.visit_class(type(module))
-        elif isinstance(value, (list, tuple, dict)) and len(value) <= _MOST_TABLE_ITEMS:
-            for item in value.values() if isinstance(value, dict) else value:
-                self.visit(item, name.key)
+        if not isinstance(name.place, ItemsOf):  # of what cannot change, whose holder is watched
+            self._watch.add(name, value, weak=self._is_weak)
+        if value is MISSING or self.visit(value, label):
+            return True
+        if is_data and (id(name.place), name.key) not in self._known_names:
+            self._known_names.add((id(name.place), name.key))
+            self._found.names.append(name)
+        return False
 
-    # -- what the code changes itself -----------------------------------------------------------------
+    def _visit_inner(self, name: Name, label: str, *, is_data: bool = False) -> None:
+        """Visit what lies inside an object of a library, if it is of the user's own, or plain data beside it."""
+        value = name.read()
+        if value is not MISSING and self._leads_to_own(value):
+            kind = type(value)
+            is_own = kind not in _OPENED and not is_container(value) and self._is_own(origin_of_class(kind))
+            self._visit_name(Name(name.label, name.place, name.key, is_own), label, is_data=is_data)
+        elif is_data and value is not MISSING and is_constant(value):
+            self._visit_name(name, label)
+
+    def _visit_items(self, container: object, label: str) -> None:
+        """Visit the code in a container; its data counts by value, with what holds it."""
+        if isinstance(container, Mapping):
+            items = [(_key_name(key), value) for key, value in container.items()]
+        else:
+            items = [("", value) for value in items_of(container)]
+            if isinstance(container, (set, frozenset)):
+                items.sort(key=lambda item: _sorting_name(item[1]))
+        if getattr(container, "default_factory", None) is not None:
+            items.append(("default_factory", container.default_factory))  # type: ignore[attr-defined]
+        items = [(key, value) for key, value in items if self._leads_to_own(value)]
+        if items and not self._again("container", container, label):
+            for key, value in items:
+                self.visit(value, f"{label}[{key}]")
+
+    def _visit_object(self, value: Any, label: str) -> None:  # noqa: ANN401 - an object of any class
+        """Visit the class of an object, and the code that lies in its attributes."""
+        if self._again("object", value, label):
+            return
+        origin = origin_of_class(type(value))
+        self.visit_class(type(value))
+        if is_module(value):
+            for module in value.modules():
+                self.visit_class(type(module))
+                self._visit_code_of_module(module, label)
+            return
+        if isinstance(value, (functools.partial, functools.partialmethod)):
+            for name in _inside(value, weak=self._is_weak):
+                self._visit_name(name, _label_inside(label, name.key), is_data=not self._is_weak)
+            return
+        is_own = self._is_own(origin)
+        for name in _inside(value, weak=self._is_weak):
+            held = name.read()
+            if self._leads_to_own(held):
+                self._visit_inner(name, _label_inside(label, name.key))
+            elif is_own:
+                self._watch.add(name, held, weak=self._is_weak)
+            elif origin != "torch" and name.key[:1] != "_" and is_constant(held):
+                self._say(f"setting {label}.{name.key}", constant(held))
+        if is_own and not self._is_weak and isinstance(attributes := getattr(value, "__dict__", None), dict):
+            self._watch.add_whole(attributes, data_may_come=True)
+
+    def _visit_code_of_module(self, module: object, label: str) -> None:
+        """Visit functions and hooks that a torch module holds; its other attributes count by value."""
+        for name in _inside(module, weak=self._is_weak):
+            if name.key not in _MODULE_TENSORS:
+                self._visit_inner(name, f"{label}.{name.key}")
+
+    # -- through modules and imports --------------------------------------------------------------------
+
+    def _follow_module(
+        self, module: types.ModuleType, label: str, reads: Reads, *, is_own: bool, above: frozenset[int] = frozenset()
+    ) -> None:
+        """Visit those attributes of a module of the user's own that the code can mean."""
+        if not self._is_own(origin_of_module(getattr(module, "__name__", None))) or id(module) in above:
+            return
+        for key in reads.attributes:
+            if key not in vars(module) and "__getattr__" in vars(module):
+                self._visit_name(Name(f"{label}.__getattr__", vars(module), "__getattr__", is_own), "__getattr__")
+            self._visit_name(Name(f"{label}.{key}", vars(module), key, is_own), key)
+            value = vars(module).get(key)
+            if isinstance(value, types.ModuleType):
+                self._follow_module(value, f"{label}.{key}", reads, is_own=is_own, above=above | {id(module)})
+
+    def _follow_chains(self, function: types.FunctionType, reads: Reads, *, is_own: bool) -> None:
+        """Visit attributes of functions, and what a user put into a module of a library, such as a faster kernel."""
+        for root, *keys in reads.chains:
+            owner, label = function.__globals__.get(root), root
+            for key in keys[:-1]:
+                owner = vars(owner).get(key) if isinstance(owner, types.ModuleType) else None
+                label = f"{label}.{key}"
+            owner, key = unwrap(owner), keys[-1]
+            if isinstance(owner, types.FunctionType):
+                if key not in vars(owner) and self._is_own(origin_of_function(owner)) and not hasattr(owner, key):
+                    self._watch.add(Name(f"{label}.{key}", vars(owner), key), MISSING)
+            elif isinstance(owner, types.ModuleType) and not self._is_own(origin_of_module(owner.__name__)):
+                value = vars(owner).get(key)
+                if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
+                    name = Name(f"{label}.{key}", vars(owner), key, is_own)
+                    self._watch.add(name, value)
+                    if self._leads_to_own(value):
+                        self.visit(value, key)
+
+    def _follow_import(
+        self, function: types.FunctionType, level: int, module: str, wanted: tuple[str, ...], *, is_own: bool
+    ) -> None:
+        """Follow an import inside a function."""
+        try:
+            full = importlib.util.resolve_name("." * level + module, _package_of(function)) if level else module
+            origin = find_origin(full)
+        except Exception:  # noqa: BLE001 - the search runs the user's code, too
+            self._watch.add(Name(module, sys.modules, module), MISSING)
+            return
+        if not self._is_own(origin):
+            self._stop_at(origin, f"import {module}", full)
+            return
+        loaded = self._import(full)
+        if loaded is None:
+            return
+        reads = reads_of(function.__code__)
+        for key in wanted:
+            if key not in vars(loaded) and hasattr(loaded, "__path__"):
+                self._import(f"{full}.{key}")
+            self._visit_name(Name(f"{module}.{key}", vars(loaded), key, is_own), key)
+            value = vars(loaded).get(key)
+            if isinstance(value, types.ModuleType):
+                self._follow_module(value, key, reads, is_own=is_own)
+        if not wanted:
+            for name in dict.fromkeys([full.partition(".")[0], full]):
+                found = self._import(name)
+                if found is not None:
+                    self._follow_module(found, name, reads, is_own=is_own)
+
+    def _import(self, module: str) -> types.ModuleType | None:
+        """Return a module of the user's own, imported if it is not loaded; None if that fails."""
+        try:
+            loaded = sys.modules.get(module) or importlib.import_module(module)
+        except Exception:  # noqa: BLE001 - a module that cannot be imported is as good as missing
+            loaded = None
+        self._watch.add(Name(module, sys.modules, module), MISSING if loaded is None else loaded)
+        return loaded
+
+    # -- what the code changes itself -------------------------------------------------------------------
 
     def note_writes_of_functions(self) -> None:
-        for function in self._functions:
-            self._note_writes(function)
+        for functions in self._functions.values():
+            for function in functions:
+                self._found.writes.note(function)
 
     def note_writes_of_method(self, cls: type, entry: str) -> None:
         """Note the writes of ``entry`` and of what it reaches by name through the class and its globals."""
         waiting, known = [entry], {entry, "__init__", "__new__", "__setstate__"}
         by_name: dict[str, list[types.FunctionType]] = {}
         for base in cls.__mro__:
-            if self._is_own(_origin_of_module(base.__module__)):
+            if self._is_own(origin_of_class(base)):
                 for name, attribute in vars(base).items():
-                    by_name.setdefault(name, []).extend(
-                        f for _, f in _functions_of(attribute) if isinstance(f, types.FunctionType)
-                    )
+                    by_name.setdefault(name, []).extend(self._own_functions_in(attribute))
         methods = {id(f) for functions in by_name.values() for f in functions}
-        for function in self._functions:
-            if id(function) not in methods:
-                by_name.setdefault(function.__name__, []).append(function)
+        for label, functions in self._functions.items():
+            for function in functions:
+                if id(function) not in methods:
+                    for name in {label, function.__name__}:
+                        by_name.setdefault(name, []).extend(self._own_functions_in(function))
         while waiting:
             for function in by_name.get(waiting.pop(), ()):
-                self._note_writes(function)
-                reached = {*_attribute_names(function.__code__), *_global_names(function.__code__)}
+                self._found.writes.note(function)
+                reads = reads_of(function.__code__)
+                reached = {*reads.attributes, *reads.names}
                 waiting.extend(reached - known)
                 known |= reached
 
-    def _note_writes(self, function: types.FunctionType) -> None:
-        code = function.__code__
-        self_name = code.co_varnames[0] if code.co_argcount and "." in function.__qualname__ else ""
-        for inner in _all_codes(code):
-            _note_writes_in(inner, self_name, self._found.writes)
+    def _own_functions_in(self, value: object) -> list[types.FunctionType]:
+        """Return the functions of the user's own that calling ``value`` runs, through wrappers of anybody's."""
+        return [
+            found for found in _opened(value, self._is_own)
+            if isinstance(found, types.FunctionType) and self._is_own(origin_of_function(found))
+        ]  # fmt: skip
 
-    # -- where it stops -------------------------------------------------------------------------------
+    # -- where it stops -----------------------------------------------------------------------------------
+
+    def _leads_to_own(self, value: object) -> bool:
+        """Tell whether code of the user's own lies in an object, perhaps behind code of a library."""
+        for found in _opened(value, self._is_own, into_own=False):
+            if isinstance(found, types.FunctionType):
+                if self._is_own(origin_of_function(found)):
+                    return True
+            elif isinstance(found, types.ModuleType):
+                continue
+            elif self._is_own(origin_of_class(found if isinstance(found, type) else type(found))):
+                return True
+        return False
 
     def _is_own(self, origin: str | None) -> bool:
-        return origin is None or (origin == self._home and origin not in _UNCOUNTED)
+        return origin is None or (origin == self._home and origin not in UNCOUNTED)
 
-    def _stop_at(self, origin: str | None, label: str) -> None:
-        if origin is None or origin in _UNCOUNTED or origin == self._home:
-            self._say("foreign", label)
+    def _stop_at(self, origin: str | None, label: str, name: str) -> None:
+        if self._is_own(origin):
+            self._say(f"module {label}")
+        elif origin is None or origin in UNCOUNTED:
+            self._say(f"foreign {label}", name)
         else:
-            self._say("foreign", label, origin, _version_of(origin))
+            self._say(f"foreign {label}", name, origin, version_of(origin))
 
     def _again(self, kind: str, value: object, label: str) -> bool:
         number = self._seen.get(id(value))
@@ -301,250 +551,188 @@ class _Walk:
             self._seen[id(value)] = len(self._seen)
             self._kept.append(value)
             return False
-        self._say(f"{kind} again", label, str(number))
+        self._say(f"{kind} {label} again", str(number))
         return True
 
-    def _say(self, *words: str | bytes) -> None:
-        self._parts.append(digest_parts(w.encode() if isinstance(w, str) else w for w in words))
+    def _say(self, label: str, *words: str | bytes) -> None:
+        self._found.parts.append((label, digest_parts(w.encode() if isinstance(w, str) else w for w in words)))
 
 
-@lru_cache(maxsize=16384)
-def fingerprint_code(code: types.CodeType) -> bytes:
-    """Return the digest of one code object and of those inside it."""
-    parts = [
-        str((code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags & _FLAG_MASK)).encode(),
-        " ".join(code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]).encode(),
-        getattr(code, "co_exceptiontable", b""),
-    ]
-    for instruction in dis.get_instructions(code):
-        if instruction.opname == "NOP":  # what -OO leaves of a docstring
+def _told_apart(parts: list[tuple[str, bytes]]) -> list[tuple[str, bytes]]:
+    """Give a number to each further part of one label."""
+    counts = Counter[str]()
+    numbered = []
+    for label, digest in parts:
+        counts[label] += 1
+        numbered.append((label if counts[label] == 1 else f"{label} ({counts[label]})", digest))
+    return numbered
+
+
+#: Attributes of a torch module that hold no code of their own: its children are visited one by one.
+_MODULE_TENSORS = frozenset({"_parameters", "_buffers", "_modules"})
+
+#: Kinds of objects that are nothing but a way to other code.
+_OPENED = frozenset({
+    types.FunctionType, types.MethodType, staticmethod, classmethod, property, functools.partial,
+    functools.partialmethod, functools.cached_property, functools.singledispatchmethod,
+})  # fmt: skip
+
+
+def is_module(value: object) -> bool:
+    """Tell whether a value is a torch module, without importing torch."""
+    return "_modules" in getattr(value, "__dict__", ()) and callable(getattr(type(value), "modules", None))
+
+
+def _is_ours(value: object) -> bool:
+    return isinstance(value, types.FunctionType) and "__torchcache_original__" in vars(value)
+
+
+def _counts(name: object, value: object) -> bool:
+    """Tell whether an attribute of a class is part of what the user wrote."""
+    if not isinstance(name, str) or name in _SKIPPED_CLASS_ATTRIBUTES:
+        return False
+    if name.startswith(("torchcache_", "__torchcache_", "__jit_unused_properties__")):
+        return False
+    # Ours may stand in for what the class inherits.
+    return not _is_ours(value) or vars(value)["__torchcache_original__"] is not None
+
+
+def _opened(value: object, is_own: Callable[[str | None], bool], *, into_own: bool = True) -> Iterator[object]:
+    """Yield functions, classes and objects that lie in a value, itself included, nearest first.
+
+    Objects of libraries are opened if they are containers, wrappers or descriptors; functions of the user's
+    own by their closures.
+    """
+    waiting, known = [(unwrap(value), 0)], {id(value)}
+    kept = []
+    for _ in range(_MOST_OBJECTS):
+        if not waiting:
+            return
+        found, depth = waiting.pop(0)
+        kept.append(found)  # so that ids stay unique
+        kind = type(found)
+        if is_plain_type(kind):
             continue
-        parts.append(instruction.opname.encode())
-        if instruction.opcode in _HAS_CONSTANT:
-            parts.append(_constant(instruction.argval))
-        elif isinstance(instruction.argval, str):
-            parts.append(instruction.argval.encode())
-        elif instruction.arg is not None:
-            parts.append(str(instruction.arg).encode())
-    return digest_parts(parts)
-
-
-_HAS_CONSTANT = frozenset(dis.hasconst)
-
-
-def unwrap(value: object) -> object:
-    """Return the user's own function behind those of ours, own or inherited."""
-    while hasattr(value, "__torchcache_original__") and hasattr(value, "__wrapped__"):
-        value = value.__wrapped__
-    return value
-
-
-def _functions_of(attribute: object) -> Iterator[tuple[str, object]]:
-    """Yield the functions a class attribute holds, with a part name for properties."""
-    if isinstance(attribute, (staticmethod, classmethod)):
-        yield "", attribute.__func__
-    elif isinstance(attribute, property):
-        for part in ("fget", "fset", "fdel"):
-            function = getattr(attribute, part)
-            if function is not None:
-                yield f".{part}", function
-    elif isinstance(attribute, functools.cached_property):
-        yield "", attribute.func
-    elif isinstance(attribute, (types.FunctionType, functools.partial)):
-        yield "", unwrap(attribute)
-
-
-def _defaults(function: types.FunctionType) -> Iterator[tuple[str, object]]:
-    for i, default in enumerate(function.__defaults__ or ()):
-        yield str(i), default
-    yield from sorted((function.__kwdefaults__ or {}).items())
-
-
-def _constant(value: object) -> bytes:
-    """Return a stable name of a constant or of a plain default; of anything else, of its type."""
-    if isinstance(value, types.CodeType):
-        return b"code" + fingerprint_code(value)
-    if isinstance(value, (tuple, list)):
-        return digest_parts([type(value).__name__.encode(), *map(_constant, value)])
-    if isinstance(value, (frozenset, set)):
-        return digest_parts([type(value).__name__.encode(), *sorted(map(_constant, value))])
-    if isinstance(value, dict):
-        pairs = sorted((_constant(k), _constant(v)) for k, v in value.items())
-        return digest_parts([b"dict", *(part for pair in pairs for part in pair)])
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, type(...))):
-        return f"{type(value).__name__} {value!r}".encode()
-    if isinstance(value, types.FunctionType):
-        return b"function" + fingerprint_code(value.__code__)
-    name = repr(value)
-    return f"{type(value).__qualname__} {'' if ' at 0x' in name else name}".encode()
-
-
-def _all_codes(code: types.CodeType) -> Iterator[types.CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            yield from _all_codes(constant)
-
-
-def _global_names(code: types.CodeType) -> Iterator[str]:
-    for inner in _all_codes(code):
-        for instruction in dis.get_instructions(inner):
-            if instruction.opname in _LOADS_GLOBAL:
-                yield instruction.argval
-
-
-def _attribute_names(code: types.CodeType) -> Iterator[str]:
-    for inner in _all_codes(code):
-        for instruction in dis.get_instructions(inner):
-            if instruction.opname in _LOADS_ATTRIBUTE or instruction.opname == "LOAD_SUPER_ATTR":
-                yield instruction.argval
-
-
-_Origin = tuple[str, str]  # "self", "attribute" of self, "name" of a global or cell, or "" for anything else
-_UNKNOWN: _Origin = ("", "")
-
-
-def _note_writes_in(code: types.CodeType, self_name: str, writes: Writes) -> None:
-    """Note what one code object changes, following where the objects on the stack came from.
-
-    An object whose origin is not known is not noted: in doubt a value counts, which costs a miss.
-    """
-    stack: list[_Origin] = []
-
-    def pop(count: int) -> _Origin:
-        last = _UNKNOWN
-        for _ in range(count):
-            last = stack.pop() if stack else _UNKNOWN
-        return last
-
-    def peek(depth: int) -> _Origin:
-        return stack[-depth] if len(stack) >= depth else _UNKNOWN
-
-    for instruction in dis.get_instructions(code):
-        opname, argument, arg = instruction.opname, instruction.argval, instruction.arg
-        effect = dis.stack_effect(instruction.opcode, arg, jump=False)
-        if opname in ("STORE_ATTR", "DELETE_ATTR"):
-            if peek(1)[0] == "self":
-                writes.assigned_attributes.add(argument)
-            else:
-                writes.note_change(peek(1))
-        elif opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
-            opname in ("STORE_DEREF", "DELETE_DEREF") and argument in code.co_freevars
-        ):
-            writes.assigned_names.add(argument)
-        elif opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-            writes.note_change(peek(2))
-        elif opname == "STORE_SLICE":
-            writes.note_change(peek(3))
-
-        if opname == "COPY":
-            stack.append(peek(arg or 1))
-        elif opname == "SWAP" and arg and len(stack) >= arg:
-            stack[-1], stack[-arg] = stack[-arg], stack[-1]
-        elif opname == "DUP_TOP":
-            stack.append(peek(1))
-        elif opname == "DUP_TOP_TWO":
-            stack += [peek(2), peek(1)]
-        elif opname == "ROT_TWO" and len(stack) >= 2:
-            stack[-2:] = [stack[-1], stack[-2]]
-        elif opname == "ROT_THREE" and len(stack) >= 3:
-            stack[-3:] = [stack[-1], stack[-3], stack[-2]]
-        elif opname in _LOADS_ATTRIBUTE:
-            owner = pop(1)
-            if argument in _MUTATORS:
-                writes.note_change(owner)
-            stack += [("attribute", argument) if owner[0] == "self" else _UNKNOWN] * (1 + effect)
-        elif opname in _LOADS_GLOBAL or opname in _LOADS_CELL:
-            stack += [_UNKNOWN] * (effect - 1)
-            stack.append(("self", "") if argument == self_name else ("name", argument))
-        elif opname.startswith("LOAD_FAST"):  # from 3.13 on, one instruction may load two variables
-            loaded = argument if isinstance(argument, tuple) else (argument,)
-            stack += [("self", "") if name == self_name else _UNKNOWN for name in loaded]
-        elif opname == "STORE_FAST_LOAD_FAST":
-            pop(1)
-            stack.append(("self", "") if argument[1] == self_name else _UNKNOWN)
-        elif opname.startswith(_PUSHES_NOTHING):
-            if effect > 0:
-                stack += [_UNKNOWN] * effect
-            else:
-                pop(-effect)
-        elif effect > 0:
-            stack += [_UNKNOWN] * effect
+        inner: Iterable[object] = ()
+        if is_container(found):
+            inner = [*items_of(found), getattr(found, "default_factory", None)]
+        elif isinstance(found, (type, types.ModuleType, *_BUILTIN)):
+            yield found
         else:
-            pop(1 - effect)
-            stack.append(_UNKNOWN)
-        if opname.startswith(("RETURN", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE")):
-            stack.clear()
+            if kind not in _OPENED or kind is types.FunctionType:
+                yield found
+            if isinstance(found, types.FunctionType):
+                origin = origin_of_function(found)
+                if origin == "torchcache" or (is_own(origin) and not into_own):
+                    continue
+                inner = [name.read() for name in _inside(found, weak=False, closure_only=is_own(origin))]
+            elif kind in _OPENED or (into_own is False and _is_wrapper(kind)) or kind is _LRU_CACHE:
+                inner = [name.read() for name in _inside(found, weak=False)]
+            if is_module(found):
+                inner = [*inner, *(type(m) for m in found.modules())]  # type: ignore[attr-defined]
+        if depth < _MOST_DEPTH:
+            for item in inner:
+                item = unwrap(item)  # noqa: PLW2901 - the user's function in place of ours
+                if item is not MISSING and id(item) not in known:
+                    known.add(id(item))
+                    waiting.append((item, depth + 1))
 
 
-_PUSHES_NOTHING = (
-    "STORE_", "DELETE_", "POP_", "RETURN_", "RAISE_", "RERAISE", "JUMP_", "RESUME", "NOP", "PRECALL", "KW_NAMES",
-    "PUSH_", "COPY_FREE_VARS", "MAKE_CELL", "EXTENDED_ARG", "SWAP", "ROT_", "CACHE", "LIST_APPEND", "SET_ADD",
-    "MAP_ADD", "LIST_EXTEND", "SET_UPDATE", "DICT_UPDATE", "DICT_MERGE", "END_", "GEN_START",
-)  # fmt: skip
+_LRU_CACHE = type(functools.lru_cache(len))
 
 
-def is_own_module(module: str | None) -> bool:
-    """Tell whether a module is neither the standard library's nor an installed distribution's."""
-    return _origin_of_module(module) is None
+def _is_wrapper(kind: type) -> bool:
+    """Tell whether objects of a class are called, or stand for an attribute."""
+    return any("__call__" in vars(base) or "__get__" in vars(base) for base in kind.__mro__)
 
 
-def _origin_of_function(function: types.FunctionType) -> str | None:
-    """Return where a function's code comes from: a distribution, the standard library, or None for the user's own.
-
-    The file decides, not the module's name: a script may be called like a module of the standard library, and
-    code made by ``exec`` has any name.
-    """
-    return _origin_of_file(function.__code__.co_filename)
-
-
-@lru_cache(maxsize=4096)
-def _origin_of_module(module: str | None) -> str | None:
-    loaded = None if module is None else sys.modules.get(module)
-    if loaded is None:
-        return None
-    if module in sys.builtin_module_names:
-        return _STANDARD
-    path = getattr(loaded, "__file__", None) or next(iter(getattr(loaded, "__path__", ())), "")
-    return _origin_of_file(str(path))
-
-
-@lru_cache(maxsize=4096)
-def _origin_of_file(path: str) -> str | None:
-    if path.startswith("<frozen"):
-        return _STANDARD
-    if path.startswith("<"):
-        return None
-    full = os.path.realpath(path)
-    if full.startswith(_PACKAGE_FOLDER):
-        return "torchcache"
-    for folder in _LIBRARY_FOLDERS:
-        if full.startswith(folder):
-            top = full[len(folder) :].partition(os.sep)[0].partition(".")[0]
-            return (_distributions().get(top) or [top])[0]
-    return _STANDARD if full.startswith(_STANDARD_FOLDERS) else None
+def _inside(value: Any, *, weak: bool, closure_only: bool = False) -> list[Name]:  # noqa: ANN401 - of any kind
+    """Return the names of what lies inside a function, a wrapper or an object, in an order that is always the same."""
+    if isinstance(value, types.FunctionType):
+        closure = ClosureOf(weakref.ref(value)) if weak else None
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=False)
+        names = [
+            Name(key, cell if closure is None else closure, key, is_own=False)
+            for key, cell in cells
+            if key != "__class__"
+        ]
+        if closure_only:
+            return names
+        defaults = DefaultsOf(reference(value, weak=weak))
+        names += [Name(key, defaults, key, is_own=False) for key, _ in defaults_of(value)]
+        return names + _attributes(value, weak=weak)
+    if isinstance(value, property):
+        parts: dict[str, object] = {"fget": value.fget, "fset": value.fset, "fdel": value.fdel}
+        return [Name(key, ItemsOf({key: part}), key) for key, part in parts.items() if part is not None]
+    if isinstance(value, (staticmethod, classmethod)):
+        return [Name("__func__", ItemsOf({"__func__": value.__func__}), "__func__")]
+    if isinstance(value, types.MethodType):
+        parts = {"__func__": value.__func__, "__self__": value.__self__}
+        return [Name(key, ItemsOf(parts), key) for key in parts]
+    if isinstance(value, (functools.partial, functools.partialmethod)):
+        parts = {"func": value.func, **{str(i): item for i, item in enumerate(value.args)}}
+        names = [Name(key, ItemsOf(parts), key) for key in parts]
+        keywords = ItemsOf(dict(value.keywords)) if weak else value.keywords
+        return names + [Name(key, keywords, key) for key in sorted(value.keywords)]
+    return _attributes(value, weak=weak)
 
 
-_STANDARD = "the standard library"
-_PACKAGE_FOLDER = f"{Path(__file__).resolve().parents[1]}{os.sep}"
-_LIBRARY_FOLDERS = tuple(
-    dict.fromkeys(
-        os.path.realpath(path) + os.sep
-        for path in (*sysconfig.get_paths().values(), *sys.path)
-        if Path(path).name in ("site-packages", "dist-packages")
-    )
-)
-_STANDARD_FOLDERS = tuple(os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib"))
-
-
-@lru_cache(maxsize=1)
-def _distributions() -> dict[str, list[str]]:
-    return {name: sorted(found) for name, found in metadata.packages_distributions().items()}
-
-
-@lru_cache(maxsize=1024)
-def _version_of(distribution: str) -> str:
+def _attributes(value: object, *, weak: bool) -> list[Name]:
+    """Return the names of an object's attributes, those in slots too."""
     try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return ""
+        held = AttributesOf(weakref.ref(value) if weak else lambda: value)
+    except TypeError:
+        return []
+    attributes = getattr(value, "__dict__", None)
+    names = []
+    if isinstance(attributes, dict):
+        place: Any = held if weak else attributes
+        names = [Name(key, place, key) for key in sorted(filter(_is_text, attributes))]
+    for base in type(value).__mro__:
+        if origin_of_class(base) is None:
+            slots = sorted(key for key, slot in vars(base).items() if isinstance(slot, types.MemberDescriptorType))
+            names += [Name(key, held, key) for key in slots]
+    return names
+
+
+def _script_of(value: object) -> str | None:
+    """Return the text of what torch.jit compiled, without the places of its source; None of anything else."""
+    if type(value).__module__.partition(".")[0] != "torch" or not hasattr(type(value), "inlined_graph"):
+        return None
+    try:
+        graph = str(value.inlined_graph)  # type: ignore[attr-defined]
+    except Exception:  # noqa: BLE001 - not every compiled object has one
+        return None
+    return "\n".join(line.partition(" # ")[0] for line in graph.splitlines())
+
+
+def _package_of(function: types.FunctionType) -> str:
+    names = function.__globals__
+    package, name = names.get("__package__"), names.get("__name__")
+    if isinstance(package, str):
+        return package
+    name = name if isinstance(name, str) else ""
+    return name if "__path__" in names else name.rpartition(".")[0]
+
+
+def _label_inside(label: str, key: str) -> str:
+    """Name what lies in a wrapper: the one function in it as the wrapper itself, which code calls by that name."""
+    return label if key in ("__wrapped__", "func", "pyfunc") else f"{label}.{key}"
+
+
+def _is_text(key: object) -> bool:
+    return isinstance(key, str)
+
+
+def _key_name(key: object) -> str:
+    """Name a key of a table of functions where its name is always the same."""
+    if isinstance(key, type):
+        return key.__qualname__
+    return key if type(key) is str else ""
+
+
+def _sorting_name(value: object) -> bytes:
+    """Return what orders the code in a set the same in every process, as well as can be."""
+    if isinstance(value, types.FunctionType):
+        return value.__qualname__.encode() + fingerprint_code(value.__code__)
+    return str(getattr(value, "__qualname__", type(value).__qualname__)).encode()

@@ -1,8 +1,8 @@
 """Weights, plain state and mode to a namespace, and noticing that they changed.
 
 A ``StateTracker`` is asked at every call. It compares what it saw last (identities, pointers, versions,
-numbers by type and value, small containers by value, 2 x 64 bytes of every tensor in host memory) and
-hashes again only what moved. Now and then it hashes all weights although nothing seems to have
+sizes, numbers by type and value, small containers by value, 2 x 64 bytes of every tensor in host memory)
+and hashes again only what moved. Now and then it hashes all weights although nothing seems to have
 moved, for sparse writes that bypass torch's version counters.
 """
 
@@ -14,26 +14,36 @@ import time
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field, fields, is_dataclass
-from itertools import chain
-from operator import itemgetter
+from dataclasses import fields, is_dataclass
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from torchcache.keys.code import CodeWalk, Writes, is_own_module, walk_code
+from torchcache.keys.code import CodeWalk, Name
 from torchcache.keys.digest import digest_parts
-from torchcache.keys.values import encode_plain, encode_state, encode_tensor
+from torchcache.keys.mode import ambient_reason, current_mode
+from torchcache.keys.values import (
+    GENERATORS,
+    attributes_of,
+    encode_content,
+    encode_plain,
+    encode_state,
+    type_name,
+)
 
 #: Attributes of ``nn.Module`` that are bookkeeping, not state of their own.
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 
 #: Hooks that change what an inner module returns.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
+
+_WATCHED_INTERNALS = ("_parameters", "_buffers", "_modules")
 
 #: A changed namespace this many calls in a row means state that changes at every call.
 _RESTLESS_CALLS = 3
@@ -54,10 +64,25 @@ _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.
 #: Objects inside objects are watched so deep.
 _WATCH_DEPTH = 4
 
-#: Containers of more items than this, inner ones included, are compared by identity and length at each call,
-#: and by value whenever something else moved. Those of plain values cost little and may be larger.
+#: Containers of up to so many items, inner ones included, are compared by value at each call; those of plain
+#: values cost little and may be larger. Larger ones are compared item by item without looking inside, and the
+#: largest by their length, until something else moves or all is looked at again.
 _MANY_ITEMS = 64
 _MANY_PLAIN_ITEMS = 4096
+_MOST_ITEMS = 131_072
+
+#: Arrays of up to so many bytes are hashed at each call (30 us a MiB); of larger ones every so many elements count.
+_MANY_BYTES = 1 << 20
+_SAMPLED_ELEMENTS = 4096
+
+#: So many objects that lie in large containers are watched.
+_MOST_WATCHED = 10_000
+
+#: Reasons for which there are no weights to look at.
+_WITHOUT_WEIGHTS = ("uninitialized_parameters", "meta_tensor")
+
+#: One name and digest of each thing the state is made of, in order.
+Parts = list[tuple[str, bytes]]
 
 
 class StateTracker:
@@ -67,37 +92,82 @@ class StateTracker:
 
     Args:
         module: The module whose state counts, weakly: it must not live for its cache; None for a function.
-        walk: What the code walk found; ``None`` leaves out weights, plain state and globals, so that only
-            training flags and mode count (for ``persistent_module_hash``).
-        salt: The front of every fingerprint: the module hash.
     """
 
-    def __init__(self, module: weakref.ref[nn.Module] | None, walk: CodeWalk | None, salt: bytes) -> None:
+    def __init__(self, module: weakref.ref[nn.Module] | None) -> None:
         self._module = module
-        self._walk = walk
-        self._salt = salt
+        self._walk: CodeWalk | None = None
+        self._roots: list[object] = []
+        self._salt = b""
         self._snapshot: _Snapshot | None = None
         self._weights = b""
+        self._hashed_marks: object = None  # of the weights that were hashed
+        self._has_opaque_weights = False
         self._fingerprint = b""
         self._mode: tuple[object, ...] = ()
+        self._ambient_reason: str | None = None
         self._recent: OrderedDict[bytes, None] = OrderedDict()
         self._restless = 0
         self._force = False
         self._calls_since_hash = 0
         self._hashed_at = 0.0
-        self._hash_seconds = 0.0
+        self._look_seconds = 0.0
+
+    def follow(self, walk: CodeWalk | None, roots: list[object], salt: bytes) -> None:
+        """Look at the state with the eyes of another code walk from now on.
+
+        Args:
+            walk: What the code walk found; ``None`` leaves out weights, plain state and globals, so that
+                only training flags and mode count (for ``persistent_module_hash``).
+            roots: The code of the state that the walk started from.
+            salt: The front of every fingerprint: the module hash.
+        """
+        self._walk, self._roots, self._salt = walk, roots, salt
+        self._snapshot = None
+
+    def code(self, walk: CodeWalk | None = None) -> list[object]:
+        """Return the functions and classes that the module's state holds, and the names of ``walk``."""
+        return _Snapshot(self._root(), walk or CodeWalk()).code
+
+    @property
+    def code_has_moved(self) -> bool:
+        """Whether the state last seen holds other functions or classes than the walk was told of."""
+        snapshot = self._snapshot
+        return (
+            self._walk is not None
+            and snapshot is not None
+            and (snapshot.code != self._roots or self._walk.has_changed())
+        )
 
     @property
     def bypass_reason(self) -> str | None:
         """Why a call cannot be cached in the state last seen, or None."""
+        if self._ambient_reason:
+            return self._ambient_reason
         if not self._fingerprint:
             return "state_changes_at_every_call"
+        if self._has_opaque_weights:
+            return "opaque_weights"
         return self._snapshot.bypass_reason if self._snapshot else None
 
     @property
     def parameters(self) -> list[torch.Tensor]:
         """The parameters last seen, in the order of the module tree."""
         return self._snapshot.parameters if self._snapshot else []
+
+    @property
+    def unnamed(self) -> list[tuple[str, str]]:
+        """Where the state last seen holds something without a stable name, and of what type."""
+        return self._snapshot.unnamed if self._snapshot else []
+
+    @property
+    def has_inner_hooks(self) -> bool:
+        """Whether inner modules have forward hooks, which do not run on hits."""
+        return self._snapshot is not None and self._snapshot.has_inner_hooks
+
+    def marks(self) -> object:
+        """Return something that differs, under ``==``, once a weight was changed in a way that torch counts."""
+        return self._snapshot.read_marks() if self._snapshot else None
 
     def refresh(self) -> None:
         """Hash everything at the next call, whatever the comparison says."""
@@ -109,9 +179,11 @@ class StateTracker:
         Empty while the state changes at every call: it is hashed again once it stood still for a call.
         """
         self._calls_since_hash += 1
+        self._ambient_reason = ambient_reason()
+        self._force = self._force or self._audit_due()
         if self._force or self.moved():
             return self._look_again()
-        if not self._fingerprint or self._audit_due():
+        if not self._fingerprint:
             self._hash_weights()
             return self._combine()
         self._restless = 0
@@ -123,25 +195,37 @@ class StateTracker:
         What looks different is looked at again in full: an attribute that does not count may have come
         or gone, or an equal value may have taken another's place.
         """
-        if self._snapshot is None or _mode() != self._mode:
+        if self._snapshot is None or current_mode() != self._mode:
             return True
         if not self._snapshot.looks_moved():
             return False
-        now = _Snapshot(None if self._module is None else self._module(), self._walk)
+        now = _Snapshot(self._root(), self._walk)
         if not now.is_same(self._snapshot):
             return True
         self._snapshot = now
         return False
 
+    def describe(self) -> Parts:
+        """Return the parts of the fingerprint by name, each with its digest, from a new look at everything."""
+        snapshot = _Snapshot(self._root(), self._walk)
+        parts: Parts = [("mode", repr(current_mode()).encode())]
+        parts += [(f"weights {name}", encode_content(t) or b"opaque") for name, t in snapshot.named_tensors]
+        parts += [(f"state {name}", value) for name, value in snapshot.parts]
+        return [(name, digest_parts([value])) for name, value in parts]
+
+    def _root(self) -> nn.Module | None:
+        return None if self._module is None else self._module()
+
     def _look_again(self) -> bytes:
-        before, now = self._snapshot, _Snapshot(None if self._module is None else self._module(), self._walk)
-        self._snapshot, self._mode = now, _mode()
+        started = time.monotonic()
+        self._snapshot, self._mode = _Snapshot(self._root(), self._walk), current_mode()
         if self._restless >= _RESTLESS_CALLS and not self._force:
             self._fingerprint = b""
             return b""
-        if self._force or before is None or before.marks != now.marks or before.probed != now.probed:
+        if self._force or self._snapshot.seen_weights() != self._hashed_marks:
             self._hash_weights()
         self._force = False
+        self._look_seconds = time.monotonic() - started
         return self._combine()
 
     def _combine(self) -> bytes:
@@ -158,25 +242,83 @@ class StateTracker:
 
     def _hash_weights(self) -> None:
         assert self._snapshot is not None
-        started = time.monotonic()
-        self._weights = digest_parts(encode_tensor(tensor) for tensor in self._snapshot.tensors)
+        digests = [encode_content(tensor) for tensor in self._snapshot.tensors]
+        self._has_opaque_weights = None in digests
+        self._weights = digest_parts(digest or b"" for digest in digests)
+        self._hashed_marks = self._snapshot.seen_weights()
         self._hashed_at = time.monotonic()
-        self._hash_seconds = self._hashed_at - started
         self._calls_since_hash = 0
 
     def _audit_due(self) -> bool:
         if self._calls_since_hash < _AUDIT_CALLS:
             return False
-        return time.monotonic() - self._hashed_at > self._hash_seconds / _AUDIT_SHARE
+        return time.monotonic() - self._hashed_at > self._look_seconds / _AUDIT_SHARE
 
 
-@dataclass(slots=True)
 class _Places:
-    """Where the counted attributes lie: whole dictionaries, and chosen keys of others."""
+    """Where the counted values lie that a change would be assigned to: dictionaries, slots, variables.
 
-    whole: list[dict[str, Any]] = field(default_factory=list)
-    chosen: list[tuple[Mapping[str, Any], tuple[str, ...]]] = field(default_factory=list)
-    lengths: list[Mapping[Any, Any]] = field(default_factory=list)
+    Dictionaries of the same keys are read by one ``itemgetter`` each, which costs a tenth of a microsecond.
+    Their numbers are compared as marshalled bytes, because equal ones of another type (1 and True), and 0.0
+    and -0.0, compare equal.
+    """
+
+    def __init__(self) -> None:
+        self._keys: list[tuple[Mapping[str, Any], tuple[str, ...]]] = []
+        self._sized: list[Sized] = []
+        self._slotted: list[object] = []
+        self._named: list[Name] = []
+        self._getters: list[tuple[itemgetter[Any], list[Mapping[str, Any]]]] = []
+        self._number_getters: list[tuple[itemgetter[Any], list[Mapping[str, Any]]]] = []
+        self._seen: tuple[object, ...] = ()
+
+    def watch(self, values: Mapping[str, Any], keys: Iterable[str]) -> None:
+        """Watch some keys of a dictionary, and its length."""
+        self._keys.append((values, tuple(keys)))
+        self._sized.append(values)
+
+    def watch_length(self, values: Sized) -> None:
+        self._sized.append(values)
+
+    def watch_slots(self, value: object) -> None:
+        self._slotted.append(value)
+
+    def watch_names(self, names: Iterable[Name]) -> None:
+        self._named += names
+
+    def settle(self) -> None:
+        """Remember what is there now; nothing is watched afterwards that was not before."""
+        groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Mapping[str, Any]]] = {}
+        for values, keys in self._keys:
+            numbers = tuple(key for key in keys if type(values[key]) in _NUMBERS)
+            others = tuple(key for key in keys if key not in numbers)
+            groups.setdefault((numbers, others), []).append(values)
+        for (numbers, others), members in groups.items():
+            if numbers:
+                self._number_getters.append((itemgetter(*numbers), members))
+            if others:
+                self._getters.append((itemgetter(*others), members))
+        self._keys.clear()
+        self._seen = self._read()
+
+    def have_moved(self) -> bool:
+        """Tell whether anything differs from what was there; may raise what a foreign ``__eq__`` raises."""
+        return self._read() != self._seen
+
+    def _read(self) -> tuple[object, ...]:
+        others: list[Any] = []
+        if self._slotted:
+            others = [list((attributes_of(value) or {}).items()) for value in self._slotted]
+        named = [name.read() for name in self._named]
+        return (
+            list(map(len, self._sized)),
+            [list(map(getter, members)) for getter, members in self._getters],
+            _dump([list(map(getter, members)) for getter, members in self._number_getters]),
+            named,
+            _dump([value for value in named if type(value) in _NUMBERS]),
+            others,
+            [type(value) for value in named],
+        )
 
 
 class _Snapshot:
@@ -185,7 +327,6 @@ class _Snapshot:
     def __init__(self, root: nn.Module | None, walk: CodeWalk | None) -> None:
         self._places = _Places()
         self._walk = walk
-        self._numbers: itemgetter[Any] | None = None
         self._named = [] if walk is None else [
             name for name in walk.names
             if not _is_written(name.key, name.read(), walk.writes.assigned_names, walk.writes.changed_names)
@@ -193,37 +334,48 @@ class _Snapshot:
         ]  # fmt: skip
         self._modules: list[nn.Module] = []
         self._tensors: list[torch.Tensor] = []
+        self.named_tensors: list[tuple[str, torch.Tensor]] = []
         self._known: dict[int, int] = {}  # id of a module or tensor -> its number
-        self._containers: list[tuple[object, Callable[[object], bytes]]] = []
-        entries = self._collect(root)
+        self._containers: list[tuple[object, Callable[[Any], object]]] = []
+        self._code: dict[int, object] = {}
+        self.unnamed: list[tuple[str, str]] = []
+        self.has_inner_hooks = False
+        self.parts: Parts = self._collect(root)
+        self.code = list(self._code.values())
         self.parameters: list[torch.Tensor] = [t for t in self._tensors if isinstance(t, nn.Parameter)]
-        self.tensors = [] if walk is None else self._tensors
         self.bypass_reason = _bypass_reason(self._modules, self._tensors)
-        self.plain = digest_parts(entries)
-        self._modules.clear()  # the root must not live for its snapshot
-        self._lengths = [len(d) for d in self._places.lengths]
-        self._values = self._read()
-        self._set_numbers()
+        self.tensors = [] if walk is None or self.bypass_reason in _WITHOUT_WEIGHTS else self._tensors
+        self.plain = digest_parts(part for name, value in self.parts for part in (name.encode(), value))
+        self._modules = [m for m in self._modules if m is not root]  # the root must not live for its snapshot
+        self._classes = list(map(type, self._modules))
+        self._places.watch_names(self._named)
+        self._places.settle()
         self._contained = self._encode_containers()
-        self._plain_tensors = [t for t in self.tensors if not t.is_inference()]
-        self._inference_tensors = [t for t in self.tensors if t.is_inference()]
-        self.marks = self._mark()
+        self._marks = _Marks(self.tensors)
+        self._seen_marks = self._marks.read()
         self._probes = [probe for tensor in self.tensors for probe in _probes(tensor)]
-        self.probed = b"".join(self._probes)
+        self._seen_probes = b"".join(self._probes)
 
     def is_same(self, other: _Snapshot) -> bool:
         """Tell whether two looks saw the same state."""
-        return self.plain == other.plain and self.marks == other.marks and self.probed == other.probed
+        return self.plain == other.plain and self.seen_weights() == other.seen_weights()
+
+    def seen_weights(self) -> tuple[object, ...]:
+        """Return what was seen of the weights short of hashing them."""
+        return self._seen_marks, self._seen_probes
+
+    def read_marks(self) -> object:
+        """Return what torch says of the weights now."""
+        return self._marks.read()
 
     def looks_moved(self) -> bool:
         """Compare with the present; costs tens of microseconds for a ViT-B."""
         try:
             return (
-                [len(d) for d in self._places.lengths] != self._lengths
-                or (values := self._read()) != self._values
-                or (self._numbers is not None and _dump(self._numbers(values)) != self._number_bytes)
-                or self._mark() != self.marks
-                or b"".join(self._probes) != self.probed
+                self._places.have_moved()
+                or list(map(type, self._modules)) != self._classes
+                or self._marks.read() != self._seen_marks
+                or b"".join(self._probes) != self._seen_probes
                 or (bool(self._containers) and self._encode_containers() != self._contained)
             )
         except Exception:  # noqa: BLE001 - a foreign __eq__ may raise anything (a tensor's does); then look again
@@ -231,68 +383,81 @@ class _Snapshot:
 
     # -- collecting ---------------------------------------------------------------------------------------
 
-    def _collect(self, root: nn.Module | None) -> list[bytes]:
-        """Fill modules, tensors and places; return the encoded plain state, entry by entry."""
-        entries = [] if root is None else self._collect_tree(root, "", inner=False)
-        for name in self._named:
-            entries += [name.label.encode(), self._encode(name.read(), name.label)]
-        return entries
+    def _collect(self, root: nn.Module | None) -> Parts:
+        """Fill modules, tensors and places; return the encoded plain state, part by part."""
+        parts: Parts = [] if root is None else self._collect_tree(root, "", inner=False)
+        parts += [(f"name {name.label}", self._encode(name.read(), name.label)) for name in self._named]
+        return parts
 
-    def _collect_tree(self, root: nn.Module, prefix: str, *, inner: bool) -> list[bytes]:
-        entries: list[bytes] = []
+    def _collect_tree(self, root: nn.Module, prefix: str, *, inner: bool) -> Parts:
+        parts: Parts = []
         for path, module in root.named_modules(prefix=prefix, remove_duplicate=False):
             if id(module) in self._known:
-                entries += [path.encode(), f"again {self._known[id(module)]}".encode()]
+                parts.append((path or "module", f"again {self._known[id(module)]}".encode()))
                 continue
             self._known[id(module)] = len(self._modules)
             self._modules.append(module)
-            entries += [path.encode(), type(module).__qualname__.encode(), _class_code(type(module))]
-            entries += self._collect_module(path, module, with_hooks=inner or module is not root)
-        return entries
+            self._note_code(type(module))
+            parts.append((path or "module", type_name(type(module))))
+            if not isinstance(module, torch.jit.ScriptModule):  # a reason to bypass: it has no plain attributes
+                parts += self._collect_module(path, module, is_inner=inner or module is not root)
+        return parts
 
-    def _collect_module(self, path: str, module: nn.Module, *, with_hooks: bool) -> list[bytes]:
-        entries: list[bytes] = []
+    def _collect_module(self, path: str, module: nn.Module, *, is_inner: bool) -> Parts:
         attributes = vars(module)
+        prefix = f"{path}." if path else ""
         if self._walk is None:
-            self._places.chosen.append((attributes, ("training",)))
-            return [str(module.training).encode()]
+            self._places.watch(attributes, ("training",))
+            self._tensors += [t for t in attributes["_parameters"].values() if t is not None]
+            return [(f"{prefix}training", str(module.training).encode())]
+        parts: Parts = []
         left_out = [key for key, value in attributes.items() if self._is_left_out(key, value)]
         for key, value in sorted(attributes.items()):
-            if key in _MODULE_INTERNALS or key in left_out:
-                continue
-            entries += [key.encode(), self._encode(value, f"{path}.{key}")]
-        if left_out:
-            counted = tuple(key for key in attributes if key not in left_out)
-            self._places.chosen.append((attributes, counted))
-            self._places.lengths.append(attributes)
-        else:
-            self._places.whole.append(attributes)
+            if key not in _MODULE_INTERNALS and key not in left_out:
+                parts.append((f"{prefix}{key}", self._encode(value, f"{prefix}{key}")))
+        counted = [key for key in attributes if key in _WATCHED_INTERNALS or key not in (*left_out, *_MODULE_INTERNALS)]
+        self._places.watch(attributes, counted)
         for kind in ("_parameters", "_buffers"):
             for key, tensor in attributes[kind].items():
-                entries += [kind.encode(), key.encode(), b"" if tensor is None else self._refer(tensor)]
-        self._places.whole += [attributes[k] for k in ("_parameters", "_buffers", "_modules") if attributes[k]]
-        if with_hooks:
+                named = f"{prefix}{key}"
+                parts.append((f"{kind} {named}", b"" if tensor is None else self._refer(tensor, named)))
+        for kind in _WATCHED_INTERNALS:
+            # What torch's own layers do not look for cannot be added behind our back.
+            if attributes[kind] or not _is_torchs_own_layer(module):
+                self._places.watch(attributes[kind], attributes[kind])
+        if is_inner:
             hooks = [attributes[kind] for kind in _HOOKS]
-            self._places.lengths += hooks
-            self._places.whole += filter(None, hooks)
-            entries += [self._encode(hook, f"{path} hook") for d in hooks for hook in d.values()]
-        return entries
+            self.has_inner_hooks = self.has_inner_hooks or any(hooks)
+            for hook in hooks:
+                self._places.watch(hook, hook) if hook else self._places.watch_length(hook)
+            parts += [(f"{path} hook", self._encode(hook, f"{path} hook")) for d in hooks for hook in d.values()]
+        return parts
 
     def _is_left_out(self, key: str, value: object) -> bool:
-        writes = self._walk.writes if self._walk is not None else Writes()
         return (
             key.startswith(("torchcache_", "_torchcache_"))
             or key == "cache_instance"
             or (
                 self._walk is not None
-                and _is_written(key, value, writes.assigned_attributes, writes.changed_attributes)
+                and _is_written(key, value, self._walk.writes.assigned_attributes, self._walk.writes.changed_attributes)
             )
             or (key == "forward" and hasattr(value, "__torchcache_original__"))
         )
 
     def _encode(self, value: object, path: str) -> bytes:
         self._watch(value, path, depth=0)
-        return encode_state(value, path, self._refer)
+
+        def refer(inner: nn.Module | torch.Tensor) -> bytes:
+            return self._refer(inner, path)
+
+        return encode_state(value, path, refer, self._note_code, self._note_unnamed)
+
+    def _note_code(self, code: object) -> None:
+        if isinstance(code, (types.FunctionType, type)):
+            self._code.setdefault(id(code), code)
+
+    def _note_unnamed(self, path: str, type_name: str) -> None:
+        self.unnamed.append((path, type_name))
 
     def _watch(self, value: object, path: str, *, depth: int) -> None:
         """See to it that a change inside ``value`` is noticed at the next call."""
@@ -301,53 +466,79 @@ class _Snapshot:
         if isinstance(value, tuple):
             for i, item in enumerate(value):
                 self._watch(item, f"{path}[{i}]", depth=depth + 1)
-        elif isinstance(value, _CONTAINERS) or is_dataclass(value):
-            if id(value) not in self._known:
-                self._known[id(value)] = -1
-                self._containers.append((value, _way_to_compare(value, path)))
-        elif isinstance(attributes := getattr(value, "__dict__", None), dict) and id(value) not in self._known:
+        elif encode_plain(value) is not None or id(value) in self._known:
+            return
+        elif isinstance(value, GENERATORS):
             self._known[id(value)] = -1
-            self._places.whole.append(attributes)
+            self._containers.append((value, lambda generator: encode_state(generator, path, _identity)))
+        elif isinstance(value, _CONTAINERS) or is_dataclass(value):
+            self._known[id(value)] = -1
+            way = _way_to_compare(value, path)
+            self._containers.append((value, way))
+            if way is _items:
+                for item in _items(value):
+                    if len(self._known) < _MOST_WATCHED:
+                        self._watch(item, path, depth=depth + 1)
+        elif (attributes := attributes_of(value)) is not None:
+            self._known[id(value)] = -1
+            if isinstance(plain := getattr(value, "__dict__", None), dict):
+                self._places.watch(plain, plain)
+            if len(attributes) != len(plain or ()):
+                self._places.watch_slots(value)
             for name, item in attributes.items():
                 self._watch(item, f"{path}.{name}", depth=depth + 1)
 
-    def _refer(self, value: nn.Module | torch.Tensor) -> bytes:
+    def _refer(self, value: nn.Module | torch.Tensor, path: str) -> bytes:
         """Name a module or tensor by its number; one that is not yet known is from now on."""
-        if isinstance(value, torch.Tensor):
-            if id(value) not in self._known:
-                self._known[id(value)] = len(self._tensors)
-                self._tensors.append(value)
-            kind = "parameter" if isinstance(value, nn.Parameter) else "tensor"
-            return f"{kind} {self._known[id(value)]}".encode()
         if id(value) in self._known:
-            return f"module {self._known[id(value)]}".encode()
-        return digest_parts(self._collect_tree(value, "held", inner=True))
+            kind = "module" if isinstance(value, nn.Module) else "tensor"
+            return f"{kind} {self._known[id(value)]}".encode()
+        if isinstance(value, nn.Module):
+            return digest_parts(
+                p for name, part in self._collect_tree(value, path, inner=True) for p in (name.encode(), part)
+            )
+        inner = _inner_tensors(value)
+        if inner is not None:  # a wrapper around other tensors, which have the bytes
+            self._known[id(value)] = -1
+            parts = [type_name(type(value)), *(self._refer(t, f"{path}.{name}") for name, t in inner)]
+            return digest_parts(parts)
+        self._known[id(value)] = len(self._tensors)
+        self._tensors.append(value)
+        self.named_tensors.append((path, value))
+        kind = "parameter" if isinstance(value, nn.Parameter) else "tensor"
+        return f"{kind} {self._known[id(value)]}".encode()
 
     # -- comparing -------------------------------------------------------------------------------------
 
-    def _read(self) -> list[Any]:
-        values = list(chain.from_iterable(map(dict.values, self._places.whole)))
-        for attributes, keys in self._places.chosen:
-            values.extend(map(attributes.get, keys))
-        values.extend(name.read() for name in self._named)
-        return values
-
-    def _set_numbers(self) -> None:
-        """Equal numbers of other types, and 0.0 and -0.0, compare equal; marshal tells them apart."""
-        places = [i for i, value in enumerate(self._values) if type(value) in _NUMBERS]
-        if places:
-            places += places[:1]  # itemgetter of one place would not return a tuple
-            self._numbers = itemgetter(*places)
-            self._number_bytes = _dump(self._numbers(self._values))
-
-    def _encode_containers(self) -> list[bytes]:
+    def _encode_containers(self) -> list[object]:
         return [way(value) for value, way in self._containers]
 
-    def _mark(self) -> list[tuple[int, int]]:
-        return [
-            *[(t.data_ptr(), t._version) for t in self._plain_tensors],
-            *[(t.data_ptr(), 0) for t in self._inference_tensors],
-        ]
+
+class _Marks:
+    """What torch says of tensors without their bytes: where they lie, how large they are, and how often written.
+
+    Built for speed: one call of a C function a tensor and question. A write through ``.data`` changes none of
+    it but the tensor it puts in place may; so where the memory is the same, size and strides count too.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
+        self._tensors = tensors
+        self._counted = [t for t in tensors if not t.is_inference()]  # the others count no versions
+        self._matrices = [t for t in tensors if t.dim() > 1]
+
+    def read(self) -> tuple[list[object], ...]:
+        return (
+            list(map(_POINTER, self._tensors)),
+            list(map(_BYTES, self._tensors)),
+            list(map(_STRIDES, self._matrices)),
+            list(map(_VERSION, self._counted)),
+        )
+
+
+_POINTER = torch.Tensor.data_ptr
+_BYTES = attrgetter("nbytes")
+_STRIDES = torch.Tensor.stride
+_VERSION = attrgetter("_version")
 
 
 def _is_written(key: str, value: object, assigned: AbstractSet[str], changed: AbstractSet[str]) -> bool:
@@ -363,19 +554,16 @@ def _is_written(key: str, value: object, assigned: AbstractSet[str], changed: Ab
     )
 
 
-def _class_code(cls: type) -> bytes:
-    """Return the fingerprint of the code of a submodule's class, if it is the user's own."""
-    code = _class_codes.get(cls)
-    if code is None:
-        code = _class_codes[cls] = walk_code(cls).fingerprint if is_own_module(cls.__module__) else b""
-    return code
+def _is_torchs_own_layer(module: nn.Module) -> bool:
+    """Tell whether a module's forward is torch's and uses just what its constructor made."""
+    name = type(module).__module__
+    return name.startswith("torch.nn.modules.") and name != "torch.nn.modules.container"
 
 
-_class_codes: weakref.WeakKeyDictionary[type, bytes] = weakref.WeakKeyDictionary()
-
-
-def _way_to_compare(value: object, path: str) -> Callable[[object], bytes]:
-    """Return what turns a container into bytes that differ when it has changed, quickly where possible."""
+def _way_to_compare(value: object, path: str) -> Callable[[Any], object]:
+    """Return what turns a container into something that differs when it has changed, quickly where possible."""
+    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+        return _sampled
     items = _count_items(value, _MANY_PLAIN_ITEMS)
     if items <= _MANY_PLAIN_ITEMS and isinstance(value, (list, dict, set)):
         try:
@@ -386,7 +574,23 @@ def _way_to_compare(value: object, path: str) -> Callable[[object], bytes]:
             return _dump
     if items <= _MANY_ITEMS:
         return lambda value: encode_state(value, path, _identity)
-    return lambda value: str(len(value) if isinstance(value, Sized) else 0).encode()
+    return _items if isinstance(value, (list, dict, set, deque)) and len(value) <= _MOST_ITEMS else _length
+
+
+def _sampled(array: np.ndarray[Any, Any]) -> bytes:
+    """Return the digest of an array's values, or of a part that dense changes cannot miss."""
+    if array.nbytes > _MANY_BYTES:
+        array = array.reshape(-1)[:: max(1, array.size // _SAMPLED_ELEMENTS)]
+    return digest_parts([str((array.dtype, array.shape)).encode(), array.tobytes()])
+
+
+def _items(value: Any) -> list[object]:  # noqa: ANN401 - any container
+    """Return what lies in a container; the same objects compare equal at once."""
+    return [*value.keys(), *value.values()] if isinstance(value, dict) else [*value]
+
+
+def _length(value: object) -> int:
+    return len(value) if isinstance(value, Sized) else 0
 
 
 def _dump(value: object) -> bytes:
@@ -434,29 +638,29 @@ def _probes(tensor: torch.Tensor) -> Iterator[ctypes.Array[ctypes.c_char]]:
         yield (ctypes.c_char * last).from_address(pointer + size - last)
 
 
-def _mode() -> tuple[object, ...]:
-    """Return the settings of the calling thread and process that change the bytes of a result."""
-    autocast = tuple(
-        (device, torch.get_autocast_dtype(device)) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
-    )
-    return (
-        autocast,
-        torch.get_default_dtype(),
-        torch.get_float32_matmul_precision(),
-        torch.are_deterministic_algorithms_enabled(),
-    )
+def _inner_tensors(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]] | None:
+    """Return the tensors that a wrapper subclass (quantized weights, DTensor) is made of; None if it is none."""
+    if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        return None
+    names, _ = tensor.__tensor_flatten__()
+    return [(name, getattr(tensor, name)) for name in names]
 
 
 def _bypass_reason(modules: Iterable[nn.Module], tensors: Iterable[torch.Tensor]) -> str | None:
     """Say why results of these modules are not a function of each sample alone, or None."""
     for module in modules:
+        if isinstance(module, torch.jit.ScriptModule):
+            return "scripted_module"
         if isinstance(module, nn.modules.batchnorm._BatchNorm):  # noqa: SLF001 - the base of all batch norms
             if module.training or module.running_mean is None:
                 return "batch_norm_in_training_mode" if module.training else "batch_norm_without_running_statistics"
         elif module.training and _is_random(module):
             return "dropout_in_training_mode"
-    if any(t.is_meta for t in tensors):
-        return "meta_tensor"
+    for tensor in tensors:
+        if is_lazy(tensor):
+            return "uninitialized_parameters"
+        if tensor.is_meta:
+            return "meta_tensor"
     return None
 
 

@@ -10,21 +10,28 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import io
+import logging
 import pathlib
+import random
 import re
+import socket
 import struct
+import threading
 import types
-from collections import deque
-from collections.abc import Callable, Mapping
+import weakref
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from datetime import date, datetime, time, timedelta
-from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 
-from torchcache.keys.code import is_own_module, unwrap, walk_code
+from torchcache.keys.code import fingerprint_code, unwrap, walk_code
 from torchcache.keys.digest import digest_bytes, digest_parts
+from torchcache.keys.tensor_digest import digest_tensor
 
 #: Subclasses of these count by their type and the plain value.
 _PLAIN_BASES: tuple[type[Any], ...] = (int, float, str, bytes)
@@ -48,7 +55,9 @@ def encode_plain(value: object) -> bytes | None:
     and memory formats, slices, Ellipsis, and tuples (named ones too) of these.
     """
     kind = type(value)
-    if kind is int or kind is bool or value is None or value is ...:
+    if isinstance(value, int) and kind is int:
+        return f"int {value:x}".encode()  # in decimal, Python refuses long ones
+    if kind is bool or value is None or value is ...:
         return f"{kind.__name__} {value!r}".encode()
     if kind is float:
         return b"float" + struct.pack("<d", value)
@@ -60,7 +69,7 @@ def encode_plain(value: object) -> bytes | None:
         return b"bytes " + value
     if isinstance(value, enum.Enum):
         # The value too: a program may be edited between two runs.
-        return digest_parts([b"enum", _type_name(kind), value.name.encode(), encode_plain(value.value) or b""])
+        return digest_parts([b"enum", type_name(kind), str(value.name).encode(), encode_plain(value.value) or b""])
     if isinstance(value, _PLAIN_TORCH):
         return f"{kind.__name__} {value}".encode()
     if isinstance(value, slice):
@@ -68,11 +77,15 @@ def encode_plain(value: object) -> bytes | None:
         return None if None in parts else digest_parts([b"slice", *parts])  # type: ignore[list-item]
     if isinstance(value, tuple):
         items = [encode_plain(item) for item in value]
-        return None if None in items else digest_parts([b"tuple", _type_name(kind), *items])  # type: ignore[list-item]
+        return None if None in items else digest_parts([b"tuple", type_name(kind), *items])  # type: ignore[list-item]
     return None
 
 
 Refer = Callable[[torch.nn.Module | torch.Tensor], bytes]
+#: Told of each function and each class of an object that a value holds: code that may run.
+OnCode = Callable[[object], None]
+#: Told where something without a stable name lies, and of what type it is.
+OnUnnamed = Callable[[str, str], None]
 
 
 def encode_argument(value: object, path: str) -> bytes:
@@ -82,93 +95,126 @@ def encode_argument(value: object, path: str) -> bytes:
         value: Plain values, containers, tensors and arrays (all bytes), functions (their code),
             classes, dataclasses, enums, paths, partials; a module counts by its class and the shapes of
             its tensors (its weights count wherever it is used); an object with a ``__repr__`` of its
-            own counts by its type and that.
+            own counts by its type, that, and the attributes that can be named.
         path: What to call the value in an error.
 
     Raises:
         UnnamedValueError: If the value, or one inside it, is known by its address only.
     """
-    return _Encoder(_by_value, unnamed=None).encode(value, path)
+    return _ArgumentEncoder().encode(value, path)
 
 
-def encode_state(value: object, path: str, refer: Refer) -> bytes:
+def encode_state(
+    value: object, path: str, refer: Refer, on_code: OnCode | None = None, on_unnamed: OnUnnamed | None = None
+) -> bytes:
     """Return the bytes of a plain attribute, a global or a closure variable.
 
-    As ``encode_argument``, but objects of the user's own classes count by their attributes and other
-    objects that have no stable name by their type.
+    As ``encode_argument``, but objects count by their attributes, those without any by what pickle would
+    keep of them, and the order of a dict counts: code may go through it in order.
 
     Args:
         value: The value.
-        path: What to call it in an error.
+        path: What to call it.
         refer: What to say of a module or a tensor found in it.
+        on_code: Called with each function found in it, and with the class of each object.
+        on_unnamed: Called with path and type of whatever has no stable name; it counts by its type then.
     """
-    return _Encoder(refer, unnamed=_attributes_or_type).encode(value, path)
+    return _StateEncoder(refer, on_code or _ignore, on_unnamed or _ignore).encode(value, path)
 
 
-def _by_value(value: torch.nn.Module | torch.Tensor) -> bytes:
-    if isinstance(value, torch.Tensor):
-        return encode_tensor(value)
-    return _architecture(value)
-
-
-def _attributes_or_type(value: object) -> object:
-    attributes = getattr(value, "__dict__", None)
-    if isinstance(attributes, dict) and is_own_module(type(value).__module__):
-        return attributes
-    return None
+def _ignore(*_: object) -> None:
+    """Tell nobody."""
 
 
 class _Encoder:
-    """One encoding; remembers which containers it is inside of, for values that contain themselves."""
+    """One encoding; the same value is encoded once, and one that contains itself comes to an end."""
 
-    def __init__(self, refer: Refer, unnamed: Callable[[object], object] | None) -> None:
-        self._refer = refer
-        self._unnamed = unnamed
+    is_order_kept = False  # of dicts
+
+    def __init__(self, refer: Refer, on_code: OnCode) -> None:
+        self.refer = refer
+        self.on_code = on_code
         self._inside: dict[int, int] = {}
+        self._done: dict[int, bytes] = {}
+        self._kept: list[object] = []  # ids stay unique while the objects live
 
     def encode(self, value: object, path: str) -> bytes:
         plain = encode_plain(value)
         if plain is not None:
             return plain
-        if id(value) in self._inside:
-            return f"cycle {self._inside[id(value)]}".encode()
-        self._inside[id(value)] = len(self._inside)
+        number = id(value)
+        if number in self._inside:
+            return f"cycle {self._inside[number]}".encode()
+        known = self._done.get(number)
+        if known is not None:
+            return known
+        if len(self._done) >= _MOST_VALUES or len(self._inside) >= _DEEPEST:
+            return self.unnamed(value, path)
+        self._inside[number] = len(self._inside)
         try:
-            return self._encode_composite(value, path)
+            encoded = self._encode_composite(value, path)
         finally:
-            del self._inside[id(value)]
+            del self._inside[number]
+        self._done[number] = encoded
+        self._kept.append(value)
+        return encoded
+
+    # -- what the two kinds of encoding do differently
+
+    def encode_object(self, value: object, path: str) -> bytes:
+        """Encode an object of a class that has no entry here."""
+        raise NotImplementedError
+
+    def unnamed(self, value: object, path: str) -> bytes:
+        """Encode what has no stable name."""
+        raise NotImplementedError
+
+    def code_of(self, function: types.FunctionType) -> bytes:
+        """Encode a function's code."""
+        raise NotImplementedError
+
+    def extend(self, encoded: bytes, value: object, path: str) -> bytes:  # noqa: ARG002 - one of two kinds uses it
+        """Add to a container what its class adds to the built-in one."""
+        return encoded
+
+    # -- what they share
 
     def _encode_composite(self, value: object, path: str) -> bytes:
-        name = _type_name(type(value))
+        name = type_name(type(value))
         if isinstance(value, torch.nn.Module):
-            return digest_parts([b"module", name, self._refer(value)])
+            return digest_parts([b"module", name, self.refer(value)])
         if isinstance(value, torch.Tensor):
-            return digest_parts([b"tensor", name, self._refer(value)])
+            return digest_parts([b"tensor", name, self.refer(value)])
         if isinstance(value, np.ndarray) and value.dtype.hasobject:
             return self._items(b"objects", value.ravel().tolist(), path)
         if isinstance(value, (np.ndarray, np.generic)):
-            array = np.asarray(value)
-            return digest_parts(
-                [b"array", str(array.dtype).encode(), str(array.shape).encode(), digest_bytes(array.tobytes())]
-            )
+            return _encode_array(np.asarray(value))
         if isinstance(value, (tuple, list, deque)):
-            return self._items(name, list(value), path)
+            return self.extend(self._items(name, list(value), path), value, path)
         if isinstance(value, (set, frozenset)):
-            return digest_parts([name, *sorted(self.encode(item, f"{path}{{}}") for item in value)])
+            items = sorted(self.encode(item, f"{path}{{}}") for item in value)
+            return self.extend(digest_parts([name, *items]), value, path)
         if isinstance(value, Mapping):
-            return self._pairs(name, value, path)
+            return self.extend(self._pairs(name, value, path), value, path)
         if isinstance(value, (bytearray, memoryview)):
             return b"bytearray " + bytes(value)
-        if isinstance(value, functools.partial):
-            return self._items(b"partial", (value.func, value.args, value.keywords), path)
+        if isinstance(value, (functools.partial, functools.partialmethod)):
+            self.on_code(value.func)
+            return self._items(b"partial", [value.func, value.args, value.keywords], path)
         if isinstance(value, types.MethodType):
-            return self._items(b"method", (value.__func__, value.__self__), path)
+            return self._items(b"method", [value.__func__, value.__self__], path)
         if isinstance(value, types.FunctionType):
             return self._function(value, path)
-        if isinstance(value, (type, types.BuiltinFunctionType, np.ufunc, types.ModuleType)):
-            return digest_parts([b"named", _type_name(value) if isinstance(value, type) else _own_name(value)])
+        if isinstance(value, (staticmethod, classmethod)):
+            return digest_parts([name, self.encode(value.__func__, path)])
+        if isinstance(value, _NAMED):
+            self.on_code(value)
+            return digest_parts([b"named", type_name(value) if isinstance(value, type) else _own_name(value)])
+        if isinstance(value, GENERATORS):
+            return digest_parts([name, self.encode(_generator_state(value), path)])
         if dataclasses.is_dataclass(value):
-            pairs = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+            self.on_code(type(value))
+            pairs = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
             return self._pairs(name, pairs, path)
         if isinstance(value, pathlib.PurePath):
             return b"path " + str(value).encode()
@@ -176,25 +222,27 @@ class _Encoder:
             return name + b" " + repr(value).encode()
         for base in _PLAIN_BASES:
             if isinstance(value, base):
+                self.on_code(type(value))
                 return digest_parts([name, encode_plain(base(value)) or b""])
-        if self._unnamed is not None and (attributes := self._unnamed(value)) is not None:
-            return digest_parts([b"object", name, self.encode(attributes, path)])
-        if type(value).__repr__ is object.__repr__ or " at 0x" in (shown := repr(value)):
-            if self._unnamed is None:
-                raise UnnamedValueError(path, value)
+        if isinstance(value, weakref.ref):
+            return digest_parts([b"weak", self.encode(value(), path)])
+        if isinstance(value, _WITHOUT_VALUE):
             return digest_parts([b"object", name])
-        return digest_parts([b"repr", name, shown.encode()])
+        return self.encode_object(value, path)
 
-    def _items(self, name: bytes, values: tuple[Any, ...] | list[Any], path: str) -> bytes:
+    def _items(self, name: bytes, values: Sequence[Any], path: str) -> bytes:
         return digest_parts([name, *(self.encode(item, f"{path}[{i}]") for i, item in enumerate(values))])
 
     def _pairs(self, name: bytes, pairs: Mapping[Any, Any], path: str) -> bytes:
         encoded = [(self.encode(k, f"{path} key"), self.encode(v, f"{path}[{k!r}]")) for k, v in pairs.items()]
-        return digest_parts([name, *(part for pair in sorted(encoded) for part in pair)])
+        if not self.is_order_kept:
+            encoded.sort()
+        return digest_parts([name, *(part for pair in encoded for part in pair)])
 
     def _function(self, function: types.FunctionType, path: str) -> bytes:
         function = unwrap(function)  # type: ignore[assignment]
-        parts = [b"function", _code_of(function)]
+        self.on_code(function)
+        parts = [b"function", self.code_of(function)]
         parts += [self.encode(default, f"{path} default") for default in function.__defaults__ or ()]
         for name, default in sorted((function.__kwdefaults__ or {}).items()):
             parts += [name.encode(), self.encode(default, f"{path} default {name}")]
@@ -206,57 +254,172 @@ class _Encoder:
         return digest_parts(parts)
 
 
-@lru_cache(maxsize=4096)
-def _code_of(function: Callable[..., object]) -> bytes:
-    """Return the fingerprint of a function with the helpers it calls."""
-    return walk_code(function).fingerprint
+def _by_value(value: torch.nn.Module | torch.Tensor) -> bytes:
+    return encode_tensor(value) if isinstance(value, torch.Tensor) else _architecture(value)
+
+
+class _ArgumentEncoder(_Encoder):
+    def __init__(self) -> None:
+        super().__init__(_by_value, _ignore)
+
+    def encode_object(self, value: object, path: str) -> bytes:
+        shown = _own_repr(value)
+        if shown is None:
+            return self.unnamed(value, path)
+        # A repr may leave out what tells two objects apart.
+        attributes = encode_state(attributes_of(value) or {}, path, self.refer)
+        return digest_parts([b"repr", type_name(type(value)), shown.encode("utf-8", "backslashreplace"), attributes])
+
+    def code_of(self, function: types.FunctionType) -> bytes:
+        return walk_code(function).fingerprint  # with the helpers it calls
+
+    def unnamed(self, value: object, path: str) -> bytes:
+        raise UnnamedValueError(path, value)
+
+
+class _StateEncoder(_Encoder):
+    is_order_kept = True
+
+    def __init__(self, refer: Refer, on_code: OnCode, on_unnamed: OnUnnamed) -> None:
+        super().__init__(refer, on_code)
+        self._on_unnamed = on_unnamed
+
+    def code_of(self, function: types.FunctionType) -> bytes:
+        return fingerprint_code(function.__code__)  # its helpers are walked for those who ask on_code
+
+    def extend(self, encoded: bytes, value: object, path: str) -> bytes:
+        if type(value) in _BUILT_IN_CONTAINERS:
+            return encoded
+        self.on_code(type(value))
+        return self._attributes(encoded, attributes_of(value) or {}, path)
+
+    def encode_object(self, value: object, path: str) -> bytes:
+        name = type_name(type(value))
+        self.on_code(type(value))
+        attributes = attributes_of(value)
+        if attributes is not None:
+            return self._attributes(name, attributes, path)
+        if isinstance(value, torch.jit.ScriptFunction):
+            return digest_parts([b"script", str(value.code).encode()])
+        try:
+            reduced = value.__reduce_ex__(2)
+        except Exception:  # noqa: BLE001 - a foreign __reduce__ may raise anything: then there is no name
+            return self.unnamed(value, path)
+        if isinstance(reduced, str):
+            return digest_parts([b"global", name, reduced.encode()])
+        function, *rest = reduced
+        parts = [list(part) if isinstance(part, Iterator) else part for part in rest]
+        return digest_parts([b"reduced", name, _own_name(function), self._items(b"parts", parts, path)])
+
+    def unnamed(self, value: object, path: str) -> bytes:
+        name = type_name(type(value))
+        shown = None if hasattr(value, "__dict__") else _own_repr(value)
+        if shown is not None:
+            return digest_parts([b"repr", name, shown.encode("utf-8", "backslashreplace")])
+        self._on_unnamed(path, type(value).__qualname__)
+        return digest_parts([b"object", name])
+
+    def _attributes(self, head: bytes, attributes: Mapping[str, object], path: str) -> bytes:
+        pairs = [(k.encode(), self.encode(v, f"{path}.{k}")) for k, v in sorted(attributes.items())]
+        return digest_parts([b"object", head, *(part for pair in pairs for part in pair)])
 
 
 def encode_tensor(tensor: torch.Tensor) -> bytes:
     """Return dtype, shape and content digest of a tensor on any device, as bytes.
 
-    Content is read in pieces of 64 MiB, so that a large tensor of an accelerator is never held on
-    the host as a whole. Tensors without bytes of their own (meta, sparse, quantized, subclasses)
-    count by their type and shape.
+    Tensors without bytes of their own (meta, sparse, quantized, subclasses) count by their type and shape.
     """
-    head = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode()
-    view = byte_view(tensor)
-    if view is None:
-        return digest_parts([b"opaque", type(tensor).__qualname__.encode(), head])
-    piece = 1 << 26
-    parts = [digest_bytes(memoryview(view[i : i + piece].cpu().numpy().data)) for i in range(0, view.numel(), piece)]
-    return digest_parts([head, *parts])
+    return encode_content(tensor) or digest_parts([b"opaque", type_name(type(tensor)), _form(tensor)])
 
 
-def byte_view(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the tensor's values as a flat uint8 tensor on its device; None if it has no plain bytes."""
-    if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        return None
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    try:
-        if not plain.numel():
-            return plain.new_empty(0, dtype=torch.uint8)
-        return plain.reshape(-1).contiguous().view(torch.uint8)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return None
+def encode_content(tensor: torch.Tensor) -> bytes | None:
+    """Return what ``encode_tensor`` does; None for a tensor without bytes of its own."""
+    content = digest_tensor(tensor)
+    return None if content is None else digest_parts([_form(tensor), content])
+
+
+def _form(tensor: torch.Tensor) -> bytes:
+    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode()
 
 
 def _architecture(module: torch.nn.Module) -> bytes:
     """Say what a module is but not its weights: they count wherever the module is used."""
     parts = [repr(module).encode() if " at 0x" not in repr(module) else b""]
     for name, child in module.named_modules():
-        parts += [name.encode(), _type_name(type(child))]
+        parts += [name.encode(), type_name(type(child))]
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         parts.append(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     return digest_parts(parts)
 
 
-def _type_name(kind: type) -> bytes:
+def type_name(kind: type) -> bytes:
     """Name a type; a script's module is ``__main__`` here and ``__mp_main__`` in a spawned worker."""
     module = "" if kind.__module__ in ("__main__", "__mp_main__") else kind.__module__
     return f"{module}.{kind.__qualname__}".encode()
 
 
+def attributes_of(value: object) -> dict[str, Any] | None:
+    """Return the attributes in an object's ``__dict__`` and slots; None if its class provides for none."""
+    attributes = getattr(value, "__dict__", None)
+    slots = [name for base in type(value).__mro__ for name, slot in vars(base).items() if isinstance(slot, _SLOT)]
+    if not slots:
+        return attributes if isinstance(attributes, dict) else None
+    present = {name: getattr(value, name) for name in slots if hasattr(value, name)}
+    return {**present, **attributes} if isinstance(attributes, dict) else present
+
+
+_SLOT = types.MemberDescriptorType
+
+
+def _own_repr(value: object) -> str | None:
+    """Return what an object's own ``__repr__`` says of it; None if it has none or shows an address."""
+    if type(value).__repr__ is object.__repr__:
+        return None
+    shown = repr(value)
+    return None if " at 0x" in shown else shown
+
+
+def _encode_array(array: np.ndarray[Any, Any]) -> bytes:
+    return digest_parts([b"array", str(array.dtype).encode(), str(array.shape).encode(), digest_bytes(array.tobytes())])
+
+
+def _generator_state(value: object) -> object:
+    """Return the state of a random number generator as plain data."""
+    if isinstance(value, torch.Generator):
+        return str(value.device), value.get_state().numpy()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, np.random.BitGenerator):
+        return value.state
+    if isinstance(value, np.random.RandomState):
+        return value.get_state()
+    return None if isinstance(value, random.SystemRandom) else cast("random.Random", value).getstate()
+
+
 def _own_name(value: object) -> bytes:
     name = getattr(value, "__qualname__", getattr(value, "__name__", ""))
     return f"{getattr(value, '__module__', '')}.{name}".encode()
+
+
+#: Bounds of one encoding; what lies beyond them has no name.
+_MOST_VALUES = 100_000
+_DEEPEST = 100
+
+_BUILT_IN_CONTAINERS = frozenset({tuple, list, deque, set, frozenset, dict, OrderedDict, defaultdict})
+
+#: What is known by its name alone.
+_NAMED = (
+    type, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.ModuleType,
+    np.ufunc,
+)  # fmt: skip
+
+#: Random number generators count by their state, so one that moves at every call is noticed.
+GENERATORS = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
+
+#: What coordinates, logs or talks to the outside: it counts by its type, whatever state it is in.
+_WITHOUT_VALUE: tuple[type[Any], ...] = (
+    type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event, threading.Semaphore,
+    threading.Barrier, threading.Thread, threading.local, Executor, Future, logging.Logger, logging.LoggerAdapter,
+    logging.Handler, io.IOBase, socket.socket, types.FrameType, types.TracebackType, torch.Stream, torch.Event,
+    *((torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()),
+)  # fmt: skip

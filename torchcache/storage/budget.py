@@ -44,6 +44,8 @@ _LARGEST_ENTRY = 8 + 2 + 17 + 80
 #: A page that was split is half full, so it splits again after so many bytes of new nodes.
 _SPLIT_BYTES = (_PAGE - _PAGE_HEADER) // 2 - 64
 _SPARE_PAGES = 16
+#: Half of the spare pages can list the pages of so many bytes.
+_FREED_BYTES = _SPARE_PAGES // 2 * (_PAGE // 16) * _PAGE
 
 
 class Budget:
@@ -65,6 +67,16 @@ class Budget:
         """
         after = self._directory.used_bytes() + growth_bytes
         if after <= self._limit - self._reserve():
+            return True
+        return after <= self._limit and free_bytes >= FREE_FACTOR * growth_bytes
+
+    def allows_mark(self, growth_bytes: int, free_bytes: int) -> bool:
+        """Tell whether a mark of use or a verdict fits, which a full store needs too.
+
+        It may take half of the reserve; deletions keep the other half.
+        """
+        after = self._directory.used_bytes() + growth_bytes
+        if after <= self._limit - self._reserve() // 2:
             return True
         return after <= self._limit and free_bytes >= FREE_FACTOR * growth_bytes
 
@@ -127,17 +139,23 @@ def growth_bytes(txn: lmdb.Transaction, segment_sizes: Sequence[int], entries: i
     return pages * _PAGE
 
 
-def deletable_rows(txn: lmdb.Transaction, room_bytes: int) -> int:
-    """Return how many rows may be deleted in one transaction that may grow the file by ``room_bytes``."""
+def deletable(txn: lmdb.Transaction, room_bytes: int) -> tuple[int, int]:
+    """Return how much may be deleted in one transaction that may grow the file by ``room_bytes``.
+
+    Returns:
+        How many entries, and how many bytes of segments: LMDB lists freed pages, eight bytes each.
+    """
     stat = _stat(txn)
-    rows = MOST_COMMIT_ROWS
-    while rows:
+    entries = MOST_COMMIT_ROWS
+    while entries:
         # Each deletion copies a leaf and may merge it with a neighbour.
-        pages = 2 * min(rows, stat["leaf_pages"]) + min(rows * stat["depth"], stat["branch_pages"])
-        if (pages + 2 * math.ceil(8 * pages / _PAGE) + _SPARE_PAGES) * _PAGE <= room_bytes:
-            return rows
-        rows //= 2
-    return 0
+        pages = 2 * min(entries, stat["leaf_pages"]) + min(entries * stat["depth"], stat["branch_pages"])
+        growth = (pages + 2 * math.ceil(8 * pages / _PAGE) + _SPARE_PAGES) * _PAGE
+        if growth <= room_bytes:
+            # A page of the list names 512 pages; it takes two, since the list is in a tree of its own.
+            return entries, _FREED_BYTES + (room_bytes - growth) * (_PAGE // 16)
+        entries //= 2
+    return 0, 0
 
 
 def free_bytes(txn: lmdb.Transaction, last_page: int) -> int:

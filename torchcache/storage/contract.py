@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol
 
 from torchcache.layout import Found, Rows
+
+
+class Verdict(IntEnum):
+    """Whether the rows of a namespace depend on their batch; the numbers are part of the stored format."""
+
+    UNKNOWN = 0
+    INDEPENDENT = 1
+    DEPENDENT = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,23 +26,33 @@ class Lookup:
         found: Values, one item a layout; their data belongs to the caller.
         missing: Positions of the digests that are absent or whose record failed a check.
         corrupt: How many records failed a check.
+        verdict: The namespace's; nothing is found where it is ``DEPENDENT``.
     """
 
     found: list[Found]
     missing: list[int]
     corrupt: int = 0
+    verdict: Verdict = Verdict.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """Rows packed into records, ready to be committed: the part of a write that needs no lock."""
+    """Rows packed into records, ready to be committed: the part of a write that needs no lock.
+
+    Attributes:
+        namespace: Of all of them.
+        digests: Of the samples, in order.
+        records: One a digest.
+        dropped: How many rows no record can be made of, by reason; ``put_many`` passes it on.
+    """
 
     namespace: bytes
     digests: Sequence[bytes]
     records: Sequence[bytes]
+    dropped: Mapping[str, int] = field(default_factory=dict)
 
     def between(self, start: int, stop: int) -> Packed:
-        """Return the rows from ``start`` to before ``stop``."""
+        """Return the records from ``start`` to before ``stop``."""
         return Packed(self.namespace, self.digests[start:stop], self.records[start:stop])
 
 
@@ -64,16 +83,42 @@ class Store(Protocol):
         """Copy out the values of ``digests``; takes no lock that another process can hold."""
 
     def pack(self, namespace: bytes, rows: Rows) -> Packed:
-        """Encode and compress rows; takes no lock at all."""
+        """Encode and compress rows; takes no lock at all. Those that no record can hold are counted."""
 
     def put_many(self, packed: Sequence[Packed]) -> Written:
         """Commit the records of all of ``packed``, in transactions that are small against the budget.
 
-        What is already there stays. Waits for other processes at most ``lock_timeout_seconds``.
+        What is already there stays. Rows of a namespace that is ``DEPENDENT`` are dropped, as
+        ``rows_depend_on_batch``. Waits for other processes at most ``lock_timeout_seconds``.
+        """
+
+    def delete_many(self, namespace: bytes, digests: Sequence[bytes], cancel: Callable[[], bool] | None = None) -> int:
+        """Delete the values of ``digests``; return how many were there.
+
+        In transactions that are small against the budget, other processes may write between two. What
+        cannot be deleted for lack of room is replaced by the next ``put_many`` of this store.
+
+        Args:
+            namespace: Of all of them.
+            digests: Which ones.
+            cancel: Asked while it waits and between transactions; True raises ``TurnCancelledError``, and
+                the call can be made again.
+        """
+
+    def judge(self, namespace: bytes, verdict: Verdict, cancel: Callable[[], bool] | None = None) -> None:
+        """Record whether the rows of ``namespace`` depend on their batch; delete them all if they do.
+
+        The verdict is kept when the rows go, except by stale eviction and ``delete_all``. ``DEPENDENT`` is
+        final. Where there is no room for it, it is dropped: a verdict can be found out again.
+
+        Args:
+            namespace: The namespace; it need not have rows.
+            verdict: Not ``UNKNOWN``.
+            cancel: As in ``delete_many``.
         """
 
     def delete_all(self) -> None:
-        """Remove every value of this store, for all processes."""
+        """Remove every value and verdict of this store, for all processes."""
 
     def used_bytes(self) -> int:
         """Return the bytes under the cache directory at this process's last look."""

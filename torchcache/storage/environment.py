@@ -102,8 +102,19 @@ class Environment:
                 handles.env.reader_check()  # readers killed in a transaction pin pages for ever
                 with handles.env.begin(write=True, buffers=True) as txn:
                     yield txn
+                self._lengthen(handles.env)
         finally:
             process.gate.leave()
+
+    def _lengthen(self, env: lmdb.Environment) -> None:
+        """Give the file the length that LMDB says it has.
+
+        Pages that a transaction took at the end and freed again are counted and never written (seen with
+        lmdb 3.0 and deletions), and a file that is too short is taken for truncated when it is opened.
+        """
+        last_byte = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+        if last_byte > _file_bytes(self.path / "data.mdb") and self.is_current():
+            os.truncate(self.path / "data.mdb", last_byte)
 
     def last_page(self) -> int:
         """Return the number of the file's last page; inside a transaction only."""
@@ -118,7 +129,7 @@ class Environment:
         """Make the environment on disk if it is not there or is damaged; the turn is held.
 
         Args:
-            allow: Whether so many bytes more are within the budget.
+            allow: Measures, and tells whether so many bytes more are within the budget.
 
         Returns:
             Whether it is there now.
@@ -143,7 +154,6 @@ class Environment:
         if not allow(self.creation_bytes()):
             # What nobody can read must not keep the budget full.
             self.directory.remove(f"{self.name}.{_SET_ASIDE}")
-            self.directory.measure()
             if not allow(self.creation_bytes()):
                 return False
         self._create()

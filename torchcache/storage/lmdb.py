@@ -2,7 +2,7 @@
 
 Entries of one environment, by the first byte of the key (numbers are big-endian):
 
-- ``n`` + fingerprint (16 bytes) -> ``Namespace``, a msgpack array
+- ``n`` + fingerprint (16 bytes) -> ``Namespace``, a msgpack array; kept without rows where it has a verdict
 - ``i`` + namespace number (3) + first 8 bytes of the digest -> segment, offset, length
 - ``s`` + namespace number (3) + segment number (4) -> records one after the other
 - ``r`` + the same -> when one of the segment's rows was last used, in nanoseconds (for eviction)
@@ -21,11 +21,12 @@ import logging
 import math
 import struct
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ import msgpack
 from torchcache.errors import StoreError
 from torchcache.layout import Rows
 from torchcache.storage import budget
-from torchcache.storage.contract import Lookup, Packed, Written
-from torchcache.storage.directory import CacheDirectory
+from torchcache.storage.contract import Lookup, Packed, Verdict, Written
+from torchcache.storage.directory import CacheDirectory, TurnCancelledError
 from torchcache.storage.environment import ABSENT, shared_environment
-from torchcache.storage.record import MAX_VALUE_BYTES, digest_of, length_of, pack_rows, unpack_many
+from torchcache.storage.record import digest_of, length_of, pack_rows, refusal_of, unpack_many
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +67,8 @@ _MOST_ROUNDS = 6
 #: A namespace that is read is marked as used this often, so that others can tell stale from used.
 _TOUCH_SECONDS = 600.0
 
+_VERDICTS = {int(verdict): verdict for verdict in Verdict}
+
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
@@ -77,6 +80,7 @@ class Namespace:
     nbytes: int
     created_at: float
     touched_at: float
+    verdict: Verdict = Verdict.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,6 +140,8 @@ class LmdbStore:
                 entry = _read_namespace(txn, namespace)
                 if entry is None:
                     return Lookup([], list(range(len(digests))))
+                if entry.verdict is Verdict.DEPENDENT:  # what is left of its rows answers nothing
+                    return Lookup([], list(range(len(digests))), verdict=entry.verdict)
                 records, segments = _read_records(txn, entry.number, digests)
                 found, missing, corrupt = unpack_many(namespace, digests, records)
                 if corrupt:
@@ -147,7 +153,7 @@ class LmdbStore:
             raise
         if self._settings.eviction == "lru" and len(self._recent) < _MOST_RECENT:
             self._recent.update(dict.fromkeys((b"r" + key[1:] for key in segments), _now()))
-        return Lookup(found, missing, corrupt)
+        return Lookup(found, missing, corrupt, entry.verdict)
 
     def _doubt(self, number: int, digests: Sequence[bytes]) -> None:
         """Remember records that failed a check: the next write of their samples replaces them."""
@@ -166,38 +172,124 @@ class LmdbStore:
         """Note that ``namespace`` is in use, so that it does not count as stale."""
         now = time.time()
         with self._turn(cancel):
-            if not self._environment.is_present():
+            if not self._has_environment():
                 return
             with self._environment.writing() as txn:
                 entry = _read_namespace(txn, namespace)
-                if entry is not None and now - entry.touched_at > _TOUCH_SECONDS / 2:
-                    recent, self._recent = self._recent, {}
+                if entry is None or now - entry.touched_at <= _TOUCH_SECONDS / 2:
+                    txn.abort()
+                    return
+                recent, self._recent = self._recent, {}
+                if self._allows_marks(txn, 1 + len(recent)):
                     _put_sorted(txn, _of_live_segments(txn, recent))
-                    _write_namespace(txn, namespace, replace(entry, touched_at=now))
+                else:  # the times of use wait for the next commit
+                    self._recent.update(recent)
+                    if not self._allows_marks(txn, 1):
+                        txn.abort()
+                        return
+                _write_namespace(txn, namespace, replace(entry, touched_at=now))
+
+    def judge(self, namespace: bytes, verdict: Verdict, cancel: Callable[[], bool] | None = None) -> None:
+        assert verdict is not Verdict.UNKNOWN
+        while self._judge_some(namespace, verdict, cancel):
+            _check(cancel)
+
+    def _judge_some(self, namespace: bytes, verdict: Verdict, cancel: Callable[[], bool] | None) -> bool:
+        """Record the verdict and delete one transaction's worth of rows, in one turn; return whether to go on.
+
+        The verdict comes first: from then on no process reads a row or adds one.
+        """
+        with self._turn(cancel):
+            if not self._environment.ensure(self._allows_new):
+                return False
+            self._follow_file()
+            self._note_verdict(namespace, verdict)
+            if verdict is not Verdict.DEPENDENT:
+                return False
+            with self._environment.writing() as txn:
+                entry = _read_namespace(txn, namespace)
+                self._directory.measure()
+                deletion = _Deletion(txn, self._budget.room_bytes())
+                if entry is not None:
+                    deletion.delete_segments(_first_segments(txn, entry.number))
+                return deletion.carry_out()
+
+    def _note_verdict(self, namespace: bytes, verdict: Verdict) -> None:
+        with self._environment.writing() as txn:
+            entry = _find_namespace(txn, namespace)
+            if entry.verdict in (verdict, Verdict.DEPENDENT) or not self._allows_marks(txn, 2):
+                txn.abort()
+                return
+            _write_namespace(txn, namespace, replace(entry, verdict=verdict, touched_at=time.time()))
+
+    def _allows_marks(self, txn: lmdb.Transaction, entries: int) -> bool:
+        """Tell whether so many small entries may be put, by the strict bound of their growth."""
+        self._directory.measure()
+        growth = budget.growth_bytes(txn, (), entries)
+        return self._budget.allows_mark(growth, budget.free_bytes(txn, self._environment.last_page()))
 
     def pack(self, namespace: bytes, rows: Rows) -> Packed:
-        if rows.layout.nbytes > MAX_VALUE_BYTES:
-            return Packed(namespace, (), ())
+        refusal = refusal_of(rows.layout)
+        if refusal is not None:
+            return Packed(namespace, (), (), {refusal: len(rows.digests)})
         records = pack_rows(namespace, rows, self._settings.zstd_level)
         return Packed(namespace, rows.digests, records)
 
     def put_many(self, packed: Sequence[Packed], cancel: Callable[[], bool] | None = None) -> Written:
+        dropped: Counter[str] = Counter()
+        for item in packed:
+            dropped.update(item.dropped)
+        n = sum(len(item.digests) for item in packed)
+        if not n:
+            return Written(dropped=dict(dropped))
         with self._turn(cancel):
-            self._directory.measure()
             if not self._ensure_environment():
                 self._budget.rest(self._settings.eviction)
-                return Written(dropped={"budget": sum(len(p.digests) for p in packed)})
-            if not self._environment.is_current():
-                self._environment.close()
+                dropped["budget"] += n
+                return Written(dropped=dict(dropped))
+            self._follow_file()
             rows = budget.commit_rows(self._settings.budget_bytes)
             started = _now()
             done = [self._commit(part, started) for part in _cut(packed, rows, self.most_commit_bytes)]
-        dropped = sum(written.dropped.get("budget", 0) for written in done)
+        for written in done:
+            dropped.update(written.dropped)
         return Written(
             rows=sum(written.rows for written in done),
             nbytes=sum(written.nbytes for written in done),
-            dropped={"budget": dropped} if dropped else {},
+            dropped={reason: rows for reason, rows in dropped.items() if rows},
         )
+
+    def delete_many(self, namespace: bytes, digests: Sequence[bytes], cancel: Callable[[], bool] | None = None) -> int:
+        waiting = deque(dict.fromkeys(digests))
+        deleted = 0
+        while waiting:
+            _check(cancel)
+            before = len(waiting)
+            deleted += self._delete_some(namespace, waiting, cancel)
+            if len(waiting) == before:
+                break  # no room even for that
+        return deleted
+
+    def _delete_some(self, namespace: bytes, waiting: deque[bytes], cancel: Callable[[], bool] | None) -> int:
+        """Delete one transaction's worth of rows, in one turn, and take them off ``waiting``; return how many."""
+        with self._turn(cancel):
+            if not self._has_environment():
+                waiting.clear()
+                return 0
+            with self._environment.writing() as txn:
+                entry = _read_namespace(txn, namespace)
+                if entry is None:
+                    txn.abort()
+                    waiting.clear()
+                    return 0
+                # Until it is committed, and for good where there is no room: the next write replaces them.
+                self._doubt(entry.number, waiting)
+                self._directory.measure()
+                deletion = _Deletion(txn, self._budget.room_bytes())
+                deletion.delete_rows(entry.number, waiting)
+                deletion.carry_out()
+            self._doubtful -= deletion.places
+            return deletion.rows
 
     def _commit(self, packed: Sequence[Packed], started: bytes) -> Written:
         """Commit one transaction's worth, making room for it where the policy allows that."""
@@ -231,10 +323,24 @@ class LmdbStore:
         self._doubtful.clear()
         self._recent.clear()
 
+    def _has_environment(self) -> bool:
+        """Tell whether there is anything to change; the turn is held."""
+        self._follow_file()
+        return self._environment.is_present()
+
+    def _follow_file(self) -> None:
+        """See to it that what is written goes to the file that is on disk now; the turn is held."""
+        if not self._environment.is_current():
+            self._environment.close()
+
+    def _allows_new(self, nbytes: int) -> bool:
+        self._directory.measure()
+        return self._budget.allows_new(nbytes)
+
     def _ensure_environment(self) -> bool:
         """Make the environment if it is not there, and room for it where the policy allows that."""
         for _ in range(_MOST_ROUNDS):
-            if self._environment.ensure(self._budget.allows_new):
+            if self._environment.ensure(self._allows_new):
                 return True
             if not self._make_room_outside(self._environment.creation_bytes()):
                 return False
@@ -245,11 +351,14 @@ class LmdbStore:
         with self._environment.writing() as txn:
             write = _Write(txn, self._doubtful, recent)
             write.plan(packed)
+            if write.is_nothing:
+                txn.abort()
+                return Written(dropped=write.refused), 0
             growth = write.growth_bytes()
             if self._budget.allows(growth, budget.free_bytes(txn, self._environment.last_page())):
                 return write.carry_out(), 0
             txn.abort()
-        return Written(rows=write.present_rows, dropped={"budget": write.planned_rows}), growth
+        return Written(rows=write.present_rows, dropped={"budget": write.planned_rows, **write.refused}), growth
 
     def delete_all(self) -> None:
         with self._turn(None):
@@ -278,7 +387,9 @@ class LmdbStore:
         if self._settings.eviction == "none":
             return False
         if self._settings.eviction == "stale":
-            return self._delete_slices(self._stale_segments(keep), needed_bytes)
+            is_more = self._delete_slices(self._stale_segments(keep), needed_bytes)
+            self._delete_stale_entries(keep)
+            return is_more
         return self._delete_slices(self._oldest_segments(started), max(needed_bytes, self._budget.slack_bytes()))
 
     def _make_room_outside(self, needed_bytes: int) -> bool:
@@ -303,6 +414,21 @@ class LmdbStore:
             keys = [bytes(key) for key, _ in _scan(txn, b"s")]
         return sorted((key for key in keys if key[:4] in stale), key=lambda key: (stale[key[:4]], key))
 
+    def _delete_stale_entries(self, keep: set[bytes]) -> None:
+        """Delete the entries of namespaces that have a verdict and no rows, and nobody touched for an hour."""
+        limit = time.time() - budget.STALE_SECONDS
+        with self._environment.writing() as txn:
+            stale = [
+                fingerprint
+                for fingerprint, entry in _all_namespaces(txn)
+                if entry.touched_at < limit and not entry.rows and fingerprint not in keep
+            ]
+            most, _ = budget.deletable(txn, self._budget.room_bytes()) if stale else (0, 0)
+            if not most:
+                txn.abort()
+            for fingerprint in stale[:most]:
+                txn.delete(b"n" + fingerprint)
+
     def _oldest_segments(self, before: bytes) -> list[bytes]:
         """Return the half of all segments that were used longest ago, oldest first; none used since ``before``."""
         with self._environment.reading() as txn:
@@ -317,11 +443,14 @@ class LmdbStore:
         while waiting:
             with self._environment.writing() as txn:
                 is_enough = budget.free_bytes(txn, self._environment.last_page()) >= budget.FREE_FACTOR * needed_bytes
-                most = 0 if is_enough and rows else budget.deletable_rows(txn, self._budget.room_bytes())
-                if not most:
+                if is_enough and rows:
                     txn.abort()
                     break
-                rows += _delete_rows(txn, waiting, most)
+                deletion = _Deletion(txn, self._budget.room_bytes())
+                deletion.delete_segments(waiting)
+                if not deletion.carry_out():
+                    break
+                rows += deletion.rows
             self._directory.measure()
         if rows:
             logger.info(
@@ -359,7 +488,18 @@ class _Write:
         self._index: dict[bytes, bytes] = {}
         self._namespaces: dict[bytes, Namespace] = {}
         self._present = 0
+        self._refused = 0
         self._nbytes = 0
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether there is nothing to commit, not even a time of use: all rows are refused."""
+        return not self._namespaces
+
+    @property
+    def refused(self) -> dict[str, int]:
+        """How many rows must not be stored, by reason."""
+        return {"rows_depend_on_batch": self._refused} if self._refused else {}
 
     @property
     def planned_rows(self) -> int:
@@ -374,7 +514,10 @@ class _Write:
     def plan(self, packed: Sequence[Packed]) -> None:
         """Decide where each record goes; what is there already, or twice, is left out."""
         for item in packed:
-            entry = self._namespaces.get(item.namespace) or self._find_namespace(item.namespace)
+            entry = self._namespaces.get(item.namespace) or _find_namespace(self._txn, item.namespace)
+            if entry.verdict is Verdict.DEPENDENT:
+                self._refused += len(item.digests)
+                continue
             self._namespaces[item.namespace] = self._plan_rows(item, entry)
 
     def growth_bytes(self) -> int:
@@ -392,7 +535,7 @@ class _Write:
         for fingerprint, entry in self._namespaces.items():
             _write_namespace(self._txn, fingerprint, entry)
         self._doubtful.difference_update(self._index)
-        return Written(rows=len(self._index) + self._present, nbytes=self._nbytes)
+        return Written(rows=len(self._index) + self._present, nbytes=self._nbytes, dropped=self.refused)
 
     def _plan_rows(self, item: Packed, entry: Namespace) -> Namespace:
         prefix, segment_prefix = _prefix(b"i", entry.number), _prefix(b"s", entry.number)
@@ -436,17 +579,144 @@ class _Write:
                 return last, [bytes(value)]
         return entry.next_segment, []
 
-    def _find_namespace(self, fingerprint: bytes) -> Namespace:
-        entry = _read_namespace(self._txn, fingerprint)
-        if entry is not None:
-            return entry
-        # Numbers are never used twice: a reader may still know the number of a deleted namespace.
-        number = int.from_bytes(bytes(self._txn.get(_NEXT_NUMBER, b"")), "big")
-        if number >= _MOST_NAMESPACES:
-            raise StoreError("the namespace table is full; clear() the cache", kind="namespaces_full")
-        self._txn.put(_NEXT_NUMBER, (number + 1).to_bytes(4, "big"))
-        now = time.time()
-        return Namespace(number, 0, 0, 0, now, now)
+
+class _Deletion:
+    """One transaction of deletions, no more than may grow the file by ``room_bytes``.
+
+    ``_gone`` counts what was deleted, for ``carry_out`` to bring the namespace table up to date.
+    """
+
+    def __init__(self, txn: lmdb.Transaction, room_bytes: int) -> None:
+        self._txn = txn
+        self._entries, self._nbytes = budget.deletable(txn, room_bytes)  # how much more
+        self._gone: dict[bytes, list[int]] = {}  # namespace number -> rows, bytes
+        self._is_nothing = True
+        self.places: set[bytes] = set()  # index keys that were deleted or are free
+
+    @property
+    def rows(self) -> int:
+        """How many rows were deleted."""
+        return sum(rows for rows, _ in self._gone.values())
+
+    def delete_segments(self, segments: deque[bytes]) -> None:
+        """Delete the first segments with all their rows, and take those that are done with off the queue."""
+        while segments and self._entries > 0:
+            key = segments[0]
+            value = self._txn.get(key, _NOTHING)
+            if len(value) > self._nbytes:
+                return
+            if len(value) > SEGMENT_BYTES:  # one record alone: not copied to be walked
+                records = [(digest_of(value), len(value))]
+            else:
+                records = [(digest_of(record), len(record)) for record in _walk_records(bytes(value))]
+            for digest, nbytes in records:
+                place = b"i" + key[1:4] + digest[:_INDEX_DIGEST_BYTES]
+                location = self._txn.get(place)
+                if location is None or bytes(location[:4]) != key[4:]:
+                    continue
+                if self._entries <= 0:
+                    return
+                self._delete_row(place, nbytes)
+            self._delete_segment(segments.popleft())
+
+    def delete_rows(self, number: int, digests: deque[bytes]) -> None:
+        """Delete the rows of the first digests, and take those that are done with off the queue.
+
+        A segment goes with its last row; else the bytes of a deleted row stay in it.
+        """
+        prefix = _prefix(b"i", number)
+        touched: set[bytes] = set()
+        while digests and self._entries > 0:
+            place = prefix + digests[0][:_INDEX_DIGEST_BYTES]
+            location = self._txn.get(place)
+            if location is not None:
+                location = bytes(location)
+                key = _prefix(b"s", number) + location[:4]
+                size = len(self._txn.get(key, _NOTHING))
+                if key not in touched:
+                    if size > self._nbytes:
+                        break
+                    touched.add(key)
+                    self._nbytes -= size  # as if it went; whether it does turns out below
+                    self._entries -= 2
+                self._delete_row(place, _length_at(location, size))
+            self.places.add(place)
+            digests.popleft()
+        for key in touched:
+            if not self._is_live(key):
+                self._delete_segment(key)
+
+    def carry_out(self) -> bool:
+        """Bring the namespace table up to date; without any deletion abort. Returns whether there was one.
+
+        A namespace goes with its last row unless it has a verdict.
+        """
+        if self._is_nothing:
+            self._txn.abort()
+            return False
+        for fingerprint, entry in list(_all_namespaces(self._txn)) if self._gone else ():
+            rows, nbytes = self._gone.get(entry.number.to_bytes(3, "big"), (0, 0))
+            if not rows:
+                continue
+            if entry.rows <= rows and entry.verdict is Verdict.UNKNOWN:
+                self._txn.delete(b"n" + fingerprint)
+            else:
+                left = replace(entry, rows=max(0, entry.rows - rows), nbytes=max(0, entry.nbytes - nbytes))
+                _write_namespace(self._txn, fingerprint, left)
+        return True
+
+    def _delete_row(self, place: bytes, nbytes: int) -> None:
+        self._txn.delete(place)
+        gone = self._gone.setdefault(place[1:4], [0, 0])
+        gone[0] += 1
+        gone[1] += nbytes
+        self._entries -= 1
+        self._is_nothing = False
+
+    def _delete_segment(self, key: bytes) -> None:
+        self._nbytes -= len(self._txn.get(key, _NOTHING))
+        self._txn.delete(key)
+        self._txn.delete(b"r" + key[1:])
+        self._entries -= 2
+        self._is_nothing = False
+
+    def _is_live(self, key: bytes) -> bool:
+        """Tell whether a segment has a row that the index knows, or bytes that cannot be walked."""
+        segment = memoryview(self._txn.get(key, _NOTHING))
+        for record in _walk_records(segment):
+            location = self._txn.get(b"i" + key[1:4] + digest_of(record)[:_INDEX_DIGEST_BYTES])
+            if location is not None and bytes(location[:4]) == key[4:]:
+                return True
+            segment = segment[len(record) :]
+        return len(segment) > 0
+
+
+def _check(cancel: Callable[[], bool] | None) -> None:
+    """Give up between two turns if a fork is about to happen."""
+    if cancel is not None and cancel():
+        raise TurnCancelledError
+
+
+def _length_at(location: bytes, segment_bytes: int) -> int:
+    """Return the length of the record that an index entry points at; 0 for a damaged entry."""
+    if len(location) != _LOCATION.size:
+        return 0
+    _, offset, length = _LOCATION.unpack(location)
+    return int(length) or max(0, segment_bytes - int(offset))
+
+
+def _find_namespace(txn: lmdb.Transaction, fingerprint: bytes) -> Namespace:
+    """Return the entry, or a new one that the caller has to write."""
+    entry = _read_namespace(txn, fingerprint)
+    if entry is not None:
+        return entry
+    # Numbers are never used twice: a reader may still know the number of a deleted namespace.
+    number = int.from_bytes(bytes(txn.get(_NEXT_NUMBER, b"")), "big")
+    if number >= _MOST_NAMESPACES:
+        raise StoreError("the namespace table is full; clear() the cache", kind="namespaces_full")
+    txn.put(_NEXT_NUMBER, (number + 1).to_bytes(4, "big"))
+    now = time.time()
+    return Namespace(number, 0, 0, 0, now, now)
 
 
 def _read_records(
@@ -487,13 +757,14 @@ def _parse_namespace(value: bytes) -> Namespace | None:
     """Return the entry; None for one that this version cannot read, which is then as good as absent."""
     try:
         match msgpack.unpackb(value, max_array_len=16, max_map_len=0, max_str_len=0, max_bin_len=0, max_ext_len=0):
-            case [number, next_segment, rows, nbytes, created_at, touched_at, *_] if (
+            case [number, next_segment, rows, nbytes, created_at, touched_at, *more] if (
                 all(type(v) is int and v >= 0 for v in (number, next_segment, rows, nbytes))
                 and all(type(v) is float and math.isfinite(v) for v in (created_at, touched_at))
                 and number < _MOST_NAMESPACES
                 and next_segment < _MOST_SEGMENTS
             ):
-                return Namespace(number, next_segment, rows, nbytes, created_at, touched_at)
+                verdict = _VERDICTS.get(more[0], Verdict.UNKNOWN) if more and type(more[0]) is int else Verdict.UNKNOWN
+                return Namespace(number, next_segment, rows, nbytes, created_at, touched_at, verdict)
     except (ValueError, msgpack.exceptions.UnpackException):
         pass
     return None
@@ -510,14 +781,19 @@ def _all_namespaces(txn: lmdb.Transaction) -> Iterator[tuple[bytes, Namespace]]:
             yield bytes(key[1:]), entry
 
 
-def _scan(txn: lmdb.Transaction, kind: bytes) -> Iterator[tuple[bytes | memoryview, bytes | memoryview]]:
-    """Yield keys and values of one kind; views that end with the transaction."""
+def _scan(txn: lmdb.Transaction, prefix: bytes) -> Iterator[tuple[bytes | memoryview, bytes | memoryview]]:
+    """Yield keys that begin with ``prefix`` and their values; views that end with the transaction."""
     with txn.cursor() as cursor:
-        if cursor.set_range(kind):
+        if cursor.set_range(prefix):
             for key, value in cursor:
-                if key[:1] != kind:
+                if key[: len(prefix)] != prefix:
                     return
                 yield key, value
+
+
+def _first_segments(txn: lmdb.Transaction, number: int) -> deque[bytes]:
+    """Return the keys of a namespace's first segments, as many as one transaction may delete."""
+    return deque(bytes(key) for key, _ in islice(_scan(txn, _prefix(b"s", number)), budget.MOST_COMMIT_ROWS))
 
 
 def _of_live_segments(txn: lmdb.Transaction, recent: Mapping[bytes, bytes]) -> dict[bytes, bytes]:
@@ -531,47 +807,7 @@ def _put_sorted(txn: lmdb.Transaction, items: Mapping[bytes, bytes]) -> None:
             cursor.putmulti(sorted(items.items()))
 
 
-def _delete_rows(txn: lmdb.Transaction, segments: deque[bytes], most: int) -> int:
-    """Delete up to ``most`` rows of the first segments, and each segment that has none left.
-
-    Segments that are done with are taken off the queue; returns how many rows were deleted.
-    """
-    per_namespace: dict[bytes, list[int]] = {}
-    rows = 0
-    while segments and rows < most:
-        key = segments[0]
-        prefix, number = b"i" + key[1:4], key[4:]
-        counted = per_namespace.setdefault(key[1:4], [0, 0])
-        is_done = True
-        for record in _walk_records(bytes(txn.get(key, b""))):
-            entry = prefix + digest_of(record)[:_INDEX_DIGEST_BYTES]
-            location = txn.get(entry)
-            if location is None or bytes(location[:4]) != number:
-                continue
-            if rows == most:
-                is_done = False
-                break
-            txn.delete(entry)
-            counted[0] += 1
-            counted[1] += len(record)
-            rows += 1
-        if is_done:
-            txn.delete(key)
-            txn.delete(b"r" + key[1:])
-            segments.popleft()
-    for fingerprint, namespace in list(_all_namespaces(txn)):
-        gone = per_namespace.get(namespace.number.to_bytes(3, "big"))
-        if gone is None:
-            continue
-        if namespace.rows <= gone[0]:
-            txn.delete(b"n" + fingerprint)
-        else:
-            left = replace(namespace, rows=namespace.rows - gone[0], nbytes=max(0, namespace.nbytes - gone[1]))
-            _write_namespace(txn, fingerprint, left)
-    return rows
-
-
-def _walk_records(segment: bytes) -> Iterator[memoryview]:
+def _walk_records(segment: bytes | memoryview) -> Iterator[memoryview]:
     view = memoryview(segment)
     while view:
         length = length_of(view)

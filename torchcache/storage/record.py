@@ -38,7 +38,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_digest
 
 from torchcache.errors import CorruptRecordError
-from torchcache.layout import DTYPE_SIZES, Bytes2D, Found, Layout, Leaf, Rows, empty_rows
+from torchcache.layout import DTYPE_SIZES, MAX_LEAVES, Bytes2D, Found, Layout, Leaf, Rows, empty_rows
 
 FORMAT_VERSION = 1
 RAW, ZSTD = 0, 1
@@ -46,7 +46,6 @@ RAW, ZSTD = 0, 1
 #: A value larger than this is not stored; it bounds what a damaged or hostile record can claim.
 MAX_VALUE_BYTES = 2**31
 MAX_HEADER_BYTES = 65536
-MAX_LEAVES = 256
 MAX_DIMENSIONS = 64
 
 #: A zstd frame has to save at least a twentieth, or the value is stored raw.
@@ -77,7 +76,7 @@ def pack_rows(namespace: bytes, rows: Rows, zstd_level: int | None) -> list[byte
 
     Args:
         namespace: 16 bytes.
-        rows: The values.
+        rows: The values; ``refusal_of`` their layout is None.
         zstd_level: Compress at this level where it saves something; None stores raw.
     """
     seed = seed_of(namespace)
@@ -90,6 +89,20 @@ def pack_rows(namespace: bytes, rows: Rows, zstd_level: int | None) -> list[byte
         )
         records.append(b"".join([_PREFIX, xxh3_64_digest(checked, seed), checked]))
     return records
+
+
+@lru_cache(maxsize=256)
+def refusal_of(layout: Layout) -> str | None:
+    """Say why values of a layout cannot be records, as the reason of a dropped row; None if they can."""
+    if layout.nbytes > MAX_VALUE_BYTES:
+        return "too_large"
+    try:
+        described = _describe(layout)
+        # By reading it: what is written and what is believed cannot drift apart.
+        is_readable = _LAYOUT_FROM + len(described) <= MAX_HEADER_BYTES and _parse_layout(described)[0] == layout
+    except (KeyError, OverflowError, CorruptRecordError):
+        is_readable = False
+    return None if is_readable else "too_large_to_describe"
 
 
 def unpack_many(
@@ -287,18 +300,23 @@ def _read_layout(record: memoryview) -> tuple[Layout, int]:
     end = _LAYOUT_FROM + len(described)
     if layout is not None and record[_LAYOUT_FROM:end] == described:
         return layout, end
-    unpacker = _unpacker(record[_LAYOUT_FROM:])
-    try:
-        structure, leaves = unpacker.unpack(), unpacker.unpack()
-    except (ValueError, msgpack.exceptions.UnpackException) as error:
-        raise CorruptRecordError("the header cannot be read") from error
-    layout = _checked_layout(structure, leaves)
-    end = _LAYOUT_FROM + int(unpacker.tell())
+    layout, size = _parse_layout(record[_LAYOUT_FROM:])
+    end = _LAYOUT_FROM + size
     _last_layout = bytes(record[_LAYOUT_FROM:end]), layout
     return layout, end
 
 
 _last_layout: tuple[bytes, Layout | None] = (b"", None)
+
+
+def _parse_layout(described: bytes | memoryview) -> tuple[Layout, int]:
+    """Return the layout that bytes begin with, and how many of them describe it."""
+    unpacker = _unpacker(described)
+    try:
+        structure, leaves = unpacker.unpack(), unpacker.unpack()
+    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        raise CorruptRecordError("the header cannot be read") from error
+    return _checked_layout(structure, leaves), int(unpacker.tell())
 
 
 def _checked_layout(structure: object, leaves: object) -> Layout:

@@ -2,7 +2,8 @@
 
 Callers hand over rows and go on. The thread packs and compresses them outside every lock and commits
 many at once; it starts with the first write, ends when it has been idle for a second, and comes to rest
-for a fork. What is queued or being committed is a hit for this process.
+for a fork. What is queued or being committed is a hit for this process. Other changes of a store (marks
+of use, verdicts, deletions) go through the same queue, so that they keep their place among the rows.
 """
 
 from __future__ import annotations
@@ -27,11 +28,18 @@ logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 1.0
 _MOST_JOBS = 64
+#: Tasks are small and rare; more than this many wait only if a store is stuck.
+_MOST_TASKS = 1024
 
 #: Bounds of the queue and of the wait at the end of the program; a worker has less of both, since torch
 #: gives it five seconds to end.
 DEFAULT_QUEUE_BYTES, WORKER_QUEUE_BYTES = int(64e6), int(16e6)
 DEFAULT_FLUSH_SECONDS, WORKER_FLUSH_SECONDS = 10.0, 4.0
+
+
+#: A change of a store that gets a function to ask whether to give up (``TurnCancelledError``); it is run
+#: again then, so doing it twice must be doing it once.
+Task = Callable[[Callable[[], bool]], object]
 
 
 class WritableStore(Protocol):
@@ -44,7 +52,6 @@ class WritableStore(Protocol):
     def is_full(self) -> bool: ...
     def pack(self, namespace: bytes, rows: Rows) -> Packed: ...
     def put_many(self, packed: Sequence[Packed], cancel: Callable[[], bool] | None = None) -> Written: ...
-    def touch(self, namespace: bytes, cancel: Callable[[], bool] | None = None) -> None: ...
 
 
 class WriteObserver(Protocol):
@@ -56,16 +63,22 @@ class WriteObserver(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """Rows to write, or (without rows) a namespace to mark as used."""
+    """Rows of a namespace to write, or a task."""
 
     store: WritableStore
     observer: WriteObserver
-    namespace: bytes
-    rows: Rows | None
+    namespace: bytes = b""
+    rows: Rows | None = None
+    task: Task | None = None
 
     @property
     def nbytes(self) -> int:
         return 0 if self.rows is None else self.rows.nbytes
+
+    @property
+    def packed_bytes(self) -> int:
+        """About how many bytes its records have: the structure is in each of them."""
+        return 0 if self.rows is None else self.n * _packed_bytes(self.rows)
 
     @property
     def n(self) -> int:
@@ -75,8 +88,9 @@ class _Job:
 class Writer:
     """The queue and the thread of one process.
 
-    Invariants: ``_bytes`` is the sum of the jobs in ``_waiting`` and ``_under_way``, and ``_pending`` has
-    exactly their rows (and, in a forked child, those its parent had not committed yet).
+    Invariants: ``_bytes`` and ``_tasks`` are the sums of the jobs in ``_waiting`` and ``_under_way``, and
+    ``_pending`` has exactly their rows less those that ``forget`` took out (and, in a forked child, those
+    its parent had not committed yet).
     """
 
     def __init__(self) -> None:
@@ -84,6 +98,7 @@ class Writer:
         self._waiting: deque[_Job] = deque()  # guarded by _changed
         self._under_way: list[_Job] = []  # guarded by _changed
         self._bytes = 0  # guarded by _changed
+        self._tasks = 0  # guarded by _changed
         self._pending: dict[tuple[Path, bytes], tuple[Rows, int]] = {}  # guarded by _changed
         self._thread: threading.Thread | None = None  # guarded by _changed
         self._is_parked = False  # guarded by _changed
@@ -112,7 +127,7 @@ class Writer:
         Returns:
             Whether they were accepted.
         """
-        job = _Job(store, observer, namespace, rows)
+        job = _Job(store, observer, namespace=namespace, rows=rows)
 
         def has_room() -> bool:
             return self._bytes == 0 or self._bytes + job.nbytes <= queue_bytes or self._is_ended
@@ -134,13 +149,52 @@ class Writer:
         process.at_exit(self.end)
         return True
 
-    def touch(self, store: WritableStore, observer: WriteObserver, namespace: bytes) -> None:
-        """Mark a namespace as used, some time soon."""
+    def do(self, store: WritableStore, observer: WriteObserver, task: Task, *, flush_seconds: float = 0.0) -> bool:
+        """Run a task on the writer's thread, after the rows accepted before it and before those after it.
+
+        Never waits. The task changes the store and nothing else: no user code, no wait without a bound.
+
+        Args:
+            store: The one it changes.
+            observer: Told if the task raises.
+            task: What to run; see ``Task``.
+            flush_seconds: How long the end of the program may wait for it, if no rows ask for longer.
+
+        Returns:
+            Whether it was accepted: a task that finds too many waiting is dropped.
+        """
         with self._changed:
-            if not self._is_ended:
-                self._waiting.append(_Job(store, observer, namespace, None))
-                self._start()
-                self._changed.notify_all()
+            if self._is_ended or self._tasks >= _MOST_TASKS:
+                return False
+            self._flush_seconds = max(self._flush_seconds, flush_seconds)
+            self._waiting.append(_Job(store, observer, task=task))
+            self._tasks += 1
+            self._start()
+            self._changed.notify_all()
+        process.at_exit(self.end)
+        return True
+
+    def forget(self, store: WritableStore, namespace: bytes, digests: Sequence[bytes] | None = None) -> None:
+        """Let rows that are accepted and not committed be hits no longer; all of the namespace without digests.
+
+        They may still be committed: a task behind them has to delete them.
+        """
+        with self._changed:
+            path = store.path
+            if digests is None:
+                keys = [key for key in self._pending if key[0] == path and key[1].startswith(namespace)]
+            else:
+                keys = [(path, namespace + digest) for digest in digests]
+            for key in keys:
+                self._pending.pop(key, None)
+
+    def has_many(self, store: WritableStore, namespace: bytes, digests: Sequence[bytes]) -> list[bool]:
+        """Tell of each digest whether its row is accepted and not committed yet."""
+        if not self._pending:
+            return [False] * len(digests)
+        with self._changed:
+            path = store.path
+            return [(path, namespace + digest) in self._pending for digest in digests]
 
     def get_many(
         self, store: WritableStore, namespace: bytes, digests: Sequence[bytes]
@@ -208,7 +262,7 @@ class Writer:
             self._is_ended = True
             lost = sum(job.n for job in self._waiting)
             for job in self._waiting:
-                self._forget(job)
+                self._settle(job)
             self._waiting.clear()
             self._changed.notify_all()
             # Another thread may have gone on writing: its last commit must not meet the removal of a
@@ -246,7 +300,7 @@ class Writer:
 
     def after_fork_in_child(self, *, is_clean: bool) -> None:  # noqa: ARG002 - the queue is the parent's anyway
         self._changed = threading.Condition()
-        self._waiting, self._under_way, self._bytes = deque(), [], 0
+        self._waiting, self._under_way, self._bytes, self._tasks = deque(), [], 0, 0
         self._thread, self._is_parked, self._is_ended = None, False, False
         self._flush_seconds = 0.0
 
@@ -300,17 +354,18 @@ class Writer:
                         self._waiting.extendleft(reversed(batch))
                     self._under_way = []
                     for job in done:
-                        self._forget(job)
+                        self._settle(job)
                     self._changed.notify_all()
 
     def _take_batch(self) -> list[_Job]:
-        """Take the first jobs that are for one store and together make a commit of its size."""
+        """Take the first job, and if it has rows those behind it that make a commit of the store's size."""
         batch = [self._waiting.popleft()]
-        rows, nbytes = batch[0].n, batch[0].nbytes
-        while self._waiting and len(batch) < _MOST_JOBS:
+        rows, nbytes = batch[0].n, batch[0].packed_bytes
+        while batch[0].task is None and self._waiting and len(batch) < _MOST_JOBS:
             job = self._waiting[0]
-            rows, nbytes = rows + job.n, nbytes + job.nbytes
-            if job.store is not batch[0].store or rows > MOST_COMMIT_ROWS or nbytes > job.store.most_commit_bytes:
+            rows, nbytes = rows + job.n, nbytes + job.packed_bytes
+            is_full = rows > MOST_COMMIT_ROWS or nbytes > job.store.most_commit_bytes
+            if job.task is not None or job.store is not batch[0].store or is_full:
                 break
             batch.append(self._waiting.popleft())
         return batch
@@ -324,13 +379,14 @@ class Writer:
                 return
             packed: list[Packed] = []
             for job in batch:
+                if job.task is not None:
+                    job.task(self._cancels)
                 if job.rows is None:
-                    store.touch(job.namespace, self._cancels)
                     continue
                 for part in _parts(job.rows, store.most_commit_bytes):
-                    if packed and job.nbytes > store.most_commit_bytes:  # one large job: not packed as a whole
+                    if packed and job.packed_bytes > store.most_commit_bytes:  # one large job: packed in parts
                         observer.on_written(store.put_many(packed, self._cancels))
-                        left -= sum(len(item.digests) for item in packed)
+                        left -= sum(len(item.digests) + sum(item.dropped.values()) for item in packed)
                         packed = []
                     packed.append(store.pack(job.namespace, part))
             if packed:
@@ -347,8 +403,10 @@ class Writer:
     def _cancels(self) -> bool:
         return self._is_parked
 
-    def _forget(self, job: _Job) -> None:
+    def _settle(self, job: _Job) -> None:
+        """Take a job that is done with out of the books; the lock is held."""
         self._bytes -= job.nbytes
+        self._tasks -= job.task is not None
         if job.rows is not None:
             for digest in job.rows.digests:
                 place = self._pending.get((job.store.path, job.namespace + digest))
@@ -356,9 +414,14 @@ class Writer:
                     del self._pending[job.store.path, job.namespace + digest]
 
 
+def _packed_bytes(rows: Rows) -> int:
+    """Return about how many bytes one record of ``rows`` has."""
+    return rows.layout.nbytes + len(rows.layout.structure)
+
+
 def _parts(rows: Rows, most_bytes: int) -> list[Rows]:
     """Cut rows into pieces that a commit may have."""
-    step = max(1, min(MOST_COMMIT_ROWS, most_bytes // max(1, rows.layout.nbytes)))
+    step = max(1, min(MOST_COMMIT_ROWS, most_bytes // max(1, _packed_bytes(rows))))
     if step >= len(rows.digests):
         return [rows]
     return [

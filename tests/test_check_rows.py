@@ -1,0 +1,271 @@
+"""Rows that depend on their batch are found out with the second computed batch; others raise no alarm."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from torchcache import cache_of, torchcache
+
+
+def stats_of(target):
+    return cache_of(target).stats()
+
+
+def wrap(function, **options):
+    """Decorate a function; also return the sizes of the batches that reached it."""
+    sizes = []
+
+    @torchcache(**options)
+    def cached(x):
+        sizes.append(len(x))
+        return function(x)
+
+    return cached, sizes
+
+
+def batches(n, *shape, count=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, *shape, generator=generator) for _ in range(count)]
+
+
+def seeded(make):
+    torch.manual_seed(0)
+    return make().eval().requires_grad_(False)
+
+
+class SequenceFirstLSTM(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8)
+
+    def forward(self, x):
+        return self.lstm(x)[0]
+
+
+class FunctionalBatchNorm(nn.Module):
+    def forward(self, x):
+        return nn.functional.batch_norm(x, None, None, training=True)
+
+
+DEPENDENT = {
+    "mean": (lambda: lambda x: x - x.mean(0), (8, 16)),
+    "mean of a large batch": (lambda: lambda x: x - x.mean(0), (512, 16)),
+    "softmax over the batch": (lambda: lambda x: x.softmax(0), (16, 8)),
+    "a row of numbers that sums up": (lambda: lambda x: x.cumsum(0), (6, 4)),
+    "the reverse": (lambda: lambda x: x.flip(0).cumsum(0).flip(0), (6, 4)),
+    "ranks": (lambda: lambda x: x.argsort(0).argsort(0), (16, 4)),
+    "similarity of all pairs": (lambda: lambda x: x @ x.T, (6, 4)),
+    "an unbatched image": (lambda: seeded(lambda: nn.Conv2d(3, 3, 3, padding=1)), (3, 9, 9)),
+    "sequence-first LSTM": (lambda: seeded(SequenceFirstLSTM), (7, 2, 8)),
+    "sequence-first transformer": (
+        lambda: seeded(lambda: nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=False)), (7, 2, 8),
+    ),
+    "batch norm without statistics": (lambda: seeded(FunctionalBatchNorm), (8, 4)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DEPENDENT)
+def test_rows_that_depend_on_their_batch_are_bypassed_from_the_second_computed_batch_on(case, caplog):
+    make, shape = DEPENDENT[case]
+    plain = make()
+    cached, _ = wrap(plain)
+    first, second, third, _ = batches(*shape)
+    cached(first)
+    for x in (second, third, first, second[: len(second) // 2] if "image" not in case else second):
+        assert torch.allclose(cached(x), plain(x), atol=1e-6)
+    stats = stats_of(cached)
+    assert set(stats.bypasses) == {"rows_depend_on_batch"}
+    assert stats.memory_rows == stats.hits == 0
+    assert sum("depend on the batch" in line for line in caplog.messages) == 1
+
+
+def deep(dtype):
+    def make():
+        layers = [m for _ in range(12) for m in (nn.Linear(64, 64), nn.LayerNorm(64), nn.GELU())]
+        return nn.Sequential(*layers).to(dtype)
+
+    return make
+
+
+class Convolutional(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+INDEPENDENT = {
+    "float16": (deep(torch.float16), (9, 64), torch.float16),
+    "bfloat16": (deep(torch.bfloat16), (9, 64), torch.bfloat16),
+    "float32": (deep(torch.float32), (9, 64), torch.float32),
+    "convolutions": (Convolutional, (5, 3, 32, 32), torch.float32),
+    "a large matmul": (lambda: nn.Linear(4096, 1024), (33, 4096), torch.float32),
+    "batch-first transformer": (
+        lambda: nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), (5, 7, 32), torch.float32,
+    ),
+    "rows of zeros": (lambda: nn.Threshold(10.0, 0.0), (5, 8), torch.float32),
+    "instance norm": (lambda: nn.InstanceNorm1d(4), (5, 4, 16), torch.float32),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", INDEPENDENT)
+def test_rows_of_their_own_raise_no_alarm(case):
+    make, shape, dtype = INDEPENDENT[case]
+    cached, sizes = wrap(seeded(make))
+    n = shape[0]
+    rounds = [x.to(dtype) for x in batches(*shape)]
+    results = [cached(x) for x in rounds]
+    assert sizes == [n, n + 1, n, n]  # one row more, once
+    assert all(torch.equal(cached(x), result) for x, result in zip(rounds, results, strict=True))
+    stats = stats_of(cached)
+    assert not stats.bypasses
+    assert (stats.misses, stats.memory_hits) == (4 * n, 4 * n)
+
+
+def test_with_a_hit_in_the_second_batch_that_row_is_computed_once_more():
+    cached, sizes = wrap(lambda x: x * 2)
+    first, second, *_ = batches(4, 3)
+    cached(first)
+    mixed = torch.cat([first[2:], second])
+    assert torch.equal(cached(mixed), mixed * 2)
+    assert sizes == [4, 5]
+    assert stats_of(cached).misses == 8
+
+
+def test_rows_that_were_only_found_so_far_are_checked_with_the_first_batch_computed_here(cache_dir):
+    options = {"persistent": True, "persistent_cache_dir": cache_dir, "persistent_module_hash": None}
+    first, second, *_ = batches(4, 3)
+
+    def centred(x):
+        return x - x.mean(0)
+
+    before = torchcache(**options)(centred)
+    before(first)
+    cache_of(before).flush()
+    later = torchcache(**options)(centred)
+    later(first[:2])  # the wrong window: nothing was computed twice yet
+    x = torch.cat([first[:1], second])
+    assert torch.equal(later(x), centred(x))
+    assert stats_of(later).bypasses == {"rows_depend_on_batch": 1}
+    cache_of(later).close()
+    cache_of(before).close()
+
+
+def test_the_verdict_is_kept_with_the_namespace(cache_dir):
+    options = {"persistent": True, "persistent_cache_dir": cache_dir}
+    first, second, third, _ = batches(4, 3)
+
+    def centred(x):
+        return x - x.mean(0)
+
+    for misses, bypasses in ((4, 2), (0, 3)):  # the second time, the verdict is known at once
+        cached = torchcache(**options)(centred)
+        for x in (first, second, third):
+            result = cached(x)
+        assert torch.equal(result, centred(third))
+        stats = stats_of(cached)
+        assert (stats.misses, stats.bypasses) == (misses, {"rows_depend_on_batch": bypasses})
+        cache_of(cached).close()
+
+
+def test_that_rows_are_their_own_is_not_found_out_twice(cache_dir):
+    sizes = []
+
+    def twice(x):
+        sizes.append(len(x))
+        return x * 2
+
+    rounds = [*batches(4, 3), *batches(4, 3, seed=1)]
+    for part in (rounds[:4], rounds[4:]):
+        cached = torchcache(persistent=True, persistent_cache_dir=cache_dir)(twice)
+        for x in part:
+            cached(x)
+        cache_of(cached).close()
+    assert sizes == [4, 5, 4, 4, 4, 4, 4, 4]
+
+
+def test_each_state_is_checked_for_itself():
+    module = seeded(lambda: nn.Linear(3, 3))
+    cached, sizes = wrap(module)
+    first, second, *_ = batches(4, 3)
+    for factor in (1, 2):
+        with torch.no_grad():
+            module.weight.mul_(factor)
+        cached(first)
+        cached(second)
+    assert sizes == [4, 5, 4, 5]
+    assert stats_of(cached).misses == 16
+    assert not stats_of(cached).bypasses
+
+
+def test_check_rows_can_be_turned_off():
+    cached, sizes = wrap(lambda x: x - x.mean(0), check_rows=False)
+    for x in batches(4, 3):
+        cached(x)
+    assert sizes == [4, 4, 4, 4]
+    assert not stats_of(cached).bypasses
+
+
+def test_a_module_that_takes_one_sample_at_a_time_is_cached():
+    def single(x):
+        assert len(x) == 1
+        return x * 2
+
+    cached, sizes = wrap(single)
+    rows = batches(1, 3, count=5)
+    for x in [*rows, *rows]:
+        assert torch.equal(cached(x), x * 2)
+    stats = stats_of(cached)
+    assert stats.bypasses == {"one_sample_at_a_time": 1}
+    assert stats.memory_hits == 4
+    assert sizes == [1, 2, 1, 1, 1, 1, 1]
+
+
+def test_a_module_of_a_fixed_batch_size_goes_around_the_cache():
+    def fixed(x):
+        return x.view(4, 3) * 2
+
+    cached, _ = wrap(fixed)
+    first, second, *_ = batches(4, 3)
+    for x in (first, second, torch.cat([first[:2], second[2:]])):
+        assert torch.equal(cached(x), fixed(x))
+    assert set(stats_of(cached).bypasses) == {"rows_depend_on_batch"}
+
+
+def test_rows_are_not_checked_when_one_more_does_not_fit_into_memory():
+    def tight(x):
+        if len(x) > 4:
+            raise torch.OutOfMemoryError
+        return x * 2
+
+    cached, sizes = wrap(tight)
+    rounds = batches(4, 3)
+    for x in (*rounds, *rounds):
+        assert torch.equal(cached(x), x * 2)
+    assert stats_of(cached).bypasses == {"out_of_memory": 1}
+    assert sizes == [4, 5, 4, 4, 4, 4]
+
+
+def test_inputs_of_another_shape_are_checked_among_themselves():
+    cached, sizes = wrap(lambda x: x.flatten(1).sum(1, keepdim=True))
+    for shape in ((4, 3), (4, 5), (4, 7)):
+        cached(batches(*shape)[0])
+    assert sizes == [4, 4, 4]
+    cached(batches(4, 5)[1])
+    cached(batches(4, 7)[1])
+    assert sizes == [4, 4, 4, 5, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+def test_rounding_by_cache_dtype_is_no_alarm(dtype):
+    cached, _ = wrap(lambda x: x * 3.3, cache_dtype=dtype)
+    for x in batches(4, 300):
+        cached(x)
+    assert not stats_of(cached).bypasses

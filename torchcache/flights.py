@@ -1,0 +1,84 @@
+"""Rows under way: two threads that miss one sample at the same time compute it once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+
+from torchcache import process
+from torchcache.layout import Rows
+from torchcache.process import ForkLock
+
+#: A thread waits so long for rows that another one computes; then it computes them itself.
+JOIN_SECONDS = 60.0
+
+
+class Flight:
+    """The rows that one call computes; ``rows`` are there once it has landed, unless it failed."""
+
+    def __init__(self, namespace: bytes, digests: Sequence[bytes]) -> None:
+        self.namespace = namespace
+        self.digests = digests
+        self.rows: Rows | None = None
+        self.generation = process.generation()
+        self.has_landed = threading.Event()
+
+    def wait(self) -> Rows | None:
+        """Return the rows; None if they did not come, or not in time."""
+        return self.rows if self.has_landed.wait(JOIN_SECONDS) else None
+
+
+class Flights:
+    """What the threads of this process compute for one cache right now.
+
+    Waiting cannot go in a circle: a call first computes what it claimed and then waits, and a call inside
+    another cached call does not wait at all.
+    """
+
+    def __init__(self) -> None:
+        self._lock = ForkLock()
+        # Guarded by _lock:
+        self._under_way: dict[bytes, Flight] = {}  # namespace + digest -> who computes it
+        self._landings = 0
+
+    @property
+    def landings(self) -> int:
+        """How many flights have ended; more than before a lookup means that rows may be there since."""
+        return self._landings
+
+    def claim(self, namespace: bytes, digests: Sequence[bytes], *, joins: bool) -> tuple[Flight, dict[int, Flight]]:
+        """Claim rows for this call.
+
+        Args:
+            namespace: 16 bytes.
+            digests: The rows that no tier has, each once.
+            joins: Whether the call may wait for others.
+
+        Returns:
+            A flight for the rows to compute, to be ``land``-ed whatever happens, and for each position in
+            ``digests`` that somebody else computes, whose flight to wait for.
+        """
+        joined: dict[int, Flight] = {}
+        own: list[bytes] = []
+        with self._lock:
+            flight = Flight(namespace, own)
+            for position, digest in enumerate(digests):
+                other = self._under_way.get(namespace + digest) if self._under_way else None
+                if other is not None and other.generation == flight.generation:
+                    if joins:
+                        joined[position] = other
+                        continue
+                else:  # a thread of the parent, which a forked child does not have, or nobody
+                    self._under_way[namespace + digest] = flight
+                own.append(digest)
+        return flight, joined
+
+    def land(self, flight: Flight, rows: Rows | None) -> None:
+        """End a flight: with the rows that others may use, or with None."""
+        flight.rows = rows
+        with self._lock:
+            self._landings += 1
+            for digest in flight.digests:
+                if self._under_way.get(flight.namespace + digest) is flight:
+                    del self._under_way[flight.namespace + digest]
+        flight.has_landed.set()

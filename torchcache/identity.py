@@ -1,0 +1,206 @@
+"""What identifies the results of one target: its module hash, and the namespace of its present state."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchcache.keys.code import CodeWalk, walk_code
+from torchcache.keys.digest import digest_parts
+from torchcache.keys.state import StateTracker
+from torchcache.log import warn_once
+from torchcache.options import CacheOptions
+from torchcache.process import ForkLock
+from torchcache.storage.record import FORMAT_VERSION
+
+logger = logging.getLogger(__name__)
+
+Function = Callable[..., Any]
+
+#: The walk names what else it has to look at, which may name more; after so many rounds it is complete enough.
+_MOST_ROUNDS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What is cached, as the doors describe it.
+
+    Attributes:
+        name: What to call it in the log.
+        code: The class or function whose code runs.
+        function: The user's own function, not bound.
+        module: The module whose state counts, weakly; None for a function.
+        arguments: Digest of the construction arguments; None if they have no stable name.
+        is_method: Whether the first parameter of ``function`` is the module.
+    """
+
+    name: str
+    code: type | Function
+    function: Function
+    module: weakref.ref[nn.Module] | None = None
+    arguments: bytes | None = b""
+    is_method: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one look at a target found.
+
+    Attributes:
+        module_hash: The name of what is computed.
+        namespace: 16 bytes that name the present state too.
+        is_private: Whether something has no stable name, so that only this process can use the results.
+        reason: Why a call cannot be cached in this state, or None.
+    """
+
+    module_hash: str
+    namespace: bytes
+    is_private: bool
+    reason: str | None
+
+
+class Identity:
+    """The code, construction arguments, options, weights, plain state and mode of one target.
+
+    Found out at first use, when all names are defined, and followed from then on: each look compares with the
+    last one and hashes only what moved. Code that is redefined while the program runs makes another module
+    hash. Safe from any thread; user code may run in a ``__repr__`` or ``__reduce__`` only.
+    """
+
+    def __init__(self, target: Target, options: Callable[[], CacheOptions]) -> None:
+        self._target = target
+        self._options = options
+        self._lock = ForkLock(on_broken=self._start_afresh)
+        # Guarded by _lock:
+        self._tracker = StateTracker(target.module)
+        self._walk: CodeWalk | None = None
+        self._module_hash: str | None = None
+        self._own_name = os.urandom(16)  # what stands for what has no stable name
+
+    def module_hash(self) -> str:
+        """Return the name of code, construction arguments and the options that shape the values."""
+        with self._lock:
+            return self._module_hash or self._identify()
+
+    def look(self) -> Look:
+        """Look at the present state."""
+        with self._lock:
+            module_hash = self._module_hash or self._identify()
+            tracker = self._tracker
+            fingerprint = tracker.fingerprint()
+            if tracker.code_has_moved:
+                module_hash = self._identify()
+                fingerprint = tracker.fingerprint()
+            unnamed, has_hooks = tracker.unnamed, tracker.has_inner_hooks
+            look = Look(module_hash, fingerprint, self._is_private(), tracker.bypass_reason)
+        if unnamed:
+            fingerprint = digest_parts([fingerprint, self._own_name])
+            look = Look(module_hash, fingerprint, is_private=True, reason=look.reason)
+            self._say_unnamed(*unnamed[0])
+        if has_hooks:
+            self._say("hooks", "hooks on inner modules run when a sample is computed, and do not run on hits")
+        return look
+
+    def has_moved(self) -> bool:
+        """Tell whether code or state differ from what the last look saw."""
+        with self._lock:
+            return self._tracker.moved() or self._tracker.code_has_moved
+
+    def refresh(self) -> None:
+        """Look at everything afresh next time."""
+        with self._lock:
+            self._tracker.refresh()
+
+    def parameters(self) -> list[torch.Tensor]:
+        """Return the parameters last seen, in the order of the module tree."""
+        return self._tracker.parameters
+
+    def marks(self) -> object:
+        """Return something that differs once a weight was changed in a way that torch counts."""
+        with self._lock:
+            return self._tracker.marks()
+
+    def classes(self) -> tuple[type, ...]:
+        """Return the user's own classes that the code refers to."""
+        return () if self._walk is None else self._walk.classes
+
+    def describe(self) -> Iterator[tuple[str, bytes]]:
+        """Yield each part of module hash and namespace with its digest."""
+        with self._lock:
+            if self._module_hash is None:
+                self._identify()
+            walk = self._walk
+            parts = [] if walk is None else [(f"code {name}", value) for name, value in walk.parts]
+            parts += [(name, digest_parts([value])) for name, value in self._named_parts()]
+            parts += self._tracker.describe()
+        yield from parts
+
+    # -- everything below runs under the lock ---------------------------------------------------------------------
+
+    def _start_afresh(self) -> None:
+        self._tracker = StateTracker(self._target.module)
+        self._module_hash = None
+
+    def _is_private(self) -> bool:
+        return self._target.arguments is None and not self._options().persistent_module_hash
+
+    def _named_parts(self) -> list[tuple[str, bytes]]:
+        """Return what enters the module hash beside the code."""
+        named = self._options().persistent_module_hash
+        if named:
+            return [("persistent_module_hash", named.encode())]
+        arguments = self._own_name if self._target.arguments is None else self._target.arguments
+        options = [(f"option {name}", value.encode()) for name, value in self._options().key_parts()]
+        return [("record format", str(FORMAT_VERSION).encode()), ("construction arguments", arguments), *options]
+
+    def _identify(self) -> str:
+        """Walk the code, and tell the tracker what to look at."""
+        named = self._options().persistent_module_hash
+        roots: list[object] = []
+        if named:
+            self._walk, module_hash = None, named
+        else:
+            self._walk, roots = self._walk_code()
+            parts = [part for name, value in self._named_parts() for part in (name.encode(), value)]
+            module_hash = digest_parts([self._walk.fingerprint, *parts]).hex()
+        self._tracker.follow(self._walk, roots, digest_parts([b"namespace", module_hash.encode()]))
+        if module_hash != self._module_hash:
+            logger.info("module hash of %s: %s", self._target.name, module_hash)
+        if named and self._module_hash is None:
+            logger.info(
+                "%s is cached under your own name %s: changes of code, arguments and weights do not "
+                "invalidate it", self._target.name, named,
+            )  # fmt: skip
+        self._module_hash = module_hash
+        return module_hash
+
+    def _walk_code(self) -> tuple[CodeWalk, list[object]]:
+        """Walk from the target and from the code that its state holds, until neither leads to more."""
+        roots = self._tracker.code(CodeWalk())
+        walk = walk_code(self._target.code, roots)
+        for _ in range(_MOST_ROUNDS):
+            found = self._tracker.code(walk)
+            if found == roots:
+                break
+            roots = found
+            walk = walk_code(self._target.code, roots)
+        return walk, roots
+
+    # -- saying -----------------------------------------------------------------------------------------------------
+
+    def _say_unnamed(self, path: str, type_name: str) -> None:
+        self._say(
+            f"unnamed {path}",
+            f"{path} holds an object of type {type_name} without a stable name, so what is cached is good for this "
+            "process only; keep plain values instead, give the object a __reduce__, or set persistent_module_hash",
+        )
+
+    def _say(self, kind: str, message: str) -> None:
+        warn_once((self._target.name, kind), "%s: %s", self._target.name, message)

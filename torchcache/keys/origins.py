@@ -1,0 +1,180 @@
+"""Whose code it is: the user's own, or that of the standard library or an installed distribution.
+
+The file of the code decides where there is one, not the name of the module: a script may be called like a
+module of the standard library, and what ``exec`` makes has any name or none.
+
+This module does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import sysconfig
+import types
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+
+STANDARD = "the standard library"
+
+#: Distributions whose code never counts: their versions are said by others (torch by the user's own
+#: care, Python by its minor version), and a patch release must not start every cache afresh.
+UNCOUNTED = frozenset({"torch", "numpy", "torchcache", STANDARD})
+
+#: Wrappers are opened so deep to find the function inside.
+_MOST_WRAPPERS = 8
+
+
+def is_own_module(module: str | None) -> bool:
+    """Tell whether a module is neither the standard library's nor an installed distribution's."""
+    return origin_of_module(module) is None
+
+
+def is_own_class(cls: type) -> bool:
+    """Tell whether a class is the user's own: its module is, or the file of one of its functions."""
+    return origin_of_class(cls) is None
+
+
+def origin_of_class(cls: type) -> str | None:
+    """Return where a class comes from: a distribution, the standard library, or None for the user's own."""
+    origin = origin_of_module(cls.__module__)
+    if origin is None or cls.__flags__ & _IS_IMMUTABLE:
+        return origin
+    for attribute in tuple(vars(cls).values()):
+        for function in functions_behind(attribute):
+            # What collections.namedtuple writes has no file and a module of its own, whoever asks for it.
+            is_written = str(function.__globals__.get("__name__")).startswith("namedtuple_")
+            if not is_written and origin_of_function(function) is None:
+                return None
+    return origin
+
+
+#: A class of C: nobody adds functions to it.
+_IS_IMMUTABLE = 1 << 8
+
+
+def functions_behind(attribute: object) -> Iterator[types.FunctionType]:
+    """Yield the plain functions behind an attribute of a class: its own, and the wrapped ones."""
+    if isinstance(attribute, property):
+        for part in (attribute.fget, attribute.fset, attribute.fdel):
+            yield from functions_behind(part)
+        return
+    for _ in range(_MOST_WRAPPERS):
+        if isinstance(attribute, (staticmethod, classmethod, types.MethodType)):
+            attribute = attribute.__func__
+        elif isinstance(attribute, types.FunctionType):
+            yield attribute
+            attribute = vars(attribute).get("__wrapped__")
+        else:
+            return
+
+
+def origin_of_function(function: types.FunctionType) -> str | None:
+    """Return where a function's code comes from.
+
+    Code without a file belongs to the module whose globals it uses, such as the methods that
+    ``dataclass`` writes, and to the user if these are no module's.
+    """
+    path = function.__code__.co_filename
+    if path.startswith("<") and not path.startswith("<frozen"):
+        name = function.__globals__.get("__name__")
+        if not isinstance(name, str):
+            return None
+        if name in sys.builtin_module_names:  # these are of C; what exec makes without a name looks like theirs
+            return None
+        module = sys.modules.get(name)
+        return origin_of_module(name) if getattr(module, "__dict__", None) is function.__globals__ else None
+    return origin_of_file(path)
+
+
+def origin_of_module(module: str | None) -> str | None:
+    """Return where a loaded module comes from; one that is not loaded is the user's own."""
+    loaded = sys.modules.get(module) if isinstance(module, str) else None
+    if loaded is None:
+        return None
+    if module in sys.builtin_module_names:
+        return STANDARD
+    origin = origin_of_file(_path_of(loaded))
+    # A profiler or debugger of the standard library runs the user's script under its own name.
+    return None if origin == STANDARD and module in ("__main__", "__mp_main__") else origin
+
+
+def _path_of(module: types.ModuleType) -> str:
+    try:
+        path = getattr(module, "__file__", None) or next(iter(getattr(module, "__path__", None) or ()), "")
+    except Exception:  # noqa: BLE001 - a module of the user's own kind may raise anything
+        return ""
+    return path if isinstance(path, str) else ""
+
+
+def find_origin(module: str) -> str | None:
+    """Return where a module that is perhaps not loaded would come from, without importing it.
+
+    Raises:
+        ImportError: If there is no such module.
+    """
+    top = module.partition(".")[0]
+    if module in sys.modules:
+        return origin_of_module(module)
+    if top in sys.modules:
+        return origin_of_module(top)
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        raise ImportError(f"there is no module {top}")
+    if spec.origin in ("built-in", "frozen"):
+        return STANDARD
+    return origin_of_file(spec.origin or next(iter(spec.submodule_search_locations or ()), ""))
+
+
+@lru_cache(maxsize=4096)
+def origin_of_file(path: str) -> str | None:
+    """Return where a file comes from: the names of its distributions, the standard library, or None."""
+    if path.startswith("<frozen"):
+        return STANDARD
+    if not path or path.startswith("<"):
+        return None
+    full = os.path.realpath(path)
+    if full.startswith(_PACKAGE_FOLDER):
+        return "torchcache"
+    for folder in _LIBRARY_FOLDERS:
+        if full.startswith(folder):
+            top = full[len(folder) :].partition(os.sep)[0].partition(".")[0]
+            if top in _KNOWN_DISTRIBUTIONS:
+                return _KNOWN_DISTRIBUTIONS[top]
+            # A namespace package belongs to several distributions; which one made the file is not asked.
+            return ", ".join(_distributions().get(top) or [top])
+    return STANDARD if full.startswith(_STANDARD_FOLDERS) else None
+
+
+#: Most walks meet no others, and to read the metadata of all distributions takes up to a second.
+_KNOWN_DISTRIBUTIONS = {"torch": "torch", "functorch": "torch", "torchgen": "torch", "numpy": "numpy"}
+
+_PACKAGE_FOLDER = f"{Path(__file__).resolve().parents[1]}{os.sep}"
+_LIBRARY_FOLDERS = tuple(
+    dict.fromkeys(
+        os.path.realpath(path) + os.sep
+        for path in (*sysconfig.get_paths().values(), *sys.path)
+        if Path(path).name in ("site-packages", "dist-packages")
+    )
+)
+_STANDARD_FOLDERS = tuple(os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib"))
+
+
+@lru_cache(maxsize=1)
+def _distributions() -> dict[str, list[str]]:
+    return {name: sorted(set(found)) for name, found in metadata.packages_distributions().items()}
+
+
+@lru_cache(maxsize=1024)
+def version_of(origin: str) -> str:
+    """Return the versions of the distributions that ``origin_of_file`` named."""
+    versions = []
+    for distribution in origin.split(", "):
+        try:
+            versions.append(metadata.version(distribution))
+        except metadata.PackageNotFoundError:
+            versions.append("")
+    return ", ".join(versions)

@@ -1,0 +1,43 @@
+"""Why a call goes around the cache, and what to do about it."""
+
+from __future__ import annotations
+
+#: What the log says once of each reason.
+REMEDIES = {
+    "input_requires_grad": "an input requires grad, and gradients do not flow through cached outputs; detach "
+    "it or call the module under torch.no_grad()",
+    "parameters_require_grad": "parameters require grad and when_grad='bypass'; call requires_grad_(False) on "
+    "what is frozen",
+    "batch_norm_in_training_mode": "a batch norm is in training mode, so a sample's result depends on its batch; "
+    "call eval() on the cached module",
+    "batch_norm_without_running_statistics": "a batch norm has no running statistics, so a sample's result depends "
+    "on its batch; it cannot be cached sample by sample",
+    "dropout_in_training_mode": "a dropout or its like is in training mode, so results are random; call eval() on "
+    "the cached module",
+    "rows_depend_on_batch": "a row that was computed with another batch came back different, so results depend on "
+    "the batch and cannot be cached sample by sample; make dimension 0 of every tensor the batch, cache a part of "
+    "the model that treats each row alone, or set check_rows=False if the difference is meant",
+    "one_sample_at_a_time": "the module takes one sample at a time only; it is cached from now on",
+    "random_numbers": "the call consumed random numbers, so its result is not a function of its input",
+    "state_changes_at_every_call": "weights or plain attributes change at every call; it is cached again when they "
+    "stand still",
+    "rows_do_not_stack": "the rows of one batch have results of different shapes or plain values",
+    "result_cannot_be_rebuilt": "a class of the result refuses to be rebuilt from its parts",
+    "opaque_weights": "weights are tensors without plain bytes (sparse, quantized), so that a change of theirs could "
+    "not be seen; set persistent_module_hash if they are frozen",
+    "scripted_module": "the module contains a scripted one, whose code and attributes are not Python any more; "
+    "cache it through a function or module of your own under persistent_module_hash",
+    "uninitialized_parameters": "lazy parameters get their values in the first call",
+    "global_module_hooks": "hooks on all modules are registered, and they do not run on hits",
+    "torch_dispatch_mode": "a TorchDispatchMode is active, which sees and may change every operation",
+    "torch_function_mode": "a TorchFunctionMode is active, which sees and may change every operation",
+    "out_of_memory": "there is no memory for a copy of the batch",
+    "unreadable_state": "an attribute of the module cannot be read; see the fault in the log",
+    "export_or_trace": "the call is being exported, traced or scripted",
+}  # fmt: skip
+_OTHER_REMEDY = "a cached call takes and returns plain strided tensors; convert it before the call"
+
+
+def remedy_for(reason: str) -> str:
+    """Return what to say of a reason; those without an entry are about kinds of tensors."""
+    return REMEDIES.get(reason, _OTHER_REMEDY)

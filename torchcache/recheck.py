@@ -1,0 +1,176 @@
+"""Rows that are computed although they are cached: which ones, and whether both values agree."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from torchcache.errors import CorruptRecordError
+from torchcache.layout import Bytes2D, Found, Layout
+from torchcache.outputs import flatten, put_together
+from torchcache.process import ForkLock
+from torchcache.storage.contract import Verdict
+from torchcache.structure import KnownClasses
+
+#: So many namespaces are remembered with what was found out about them, and so many rows to check others with.
+_MOST_NAMESPACES = 4096
+_MOST_WITNESSES = 16
+
+#: How far two computations of one row may be apart, as a share of its norm, by the coarsest dtype at work: kernels
+#: add in another order when the batch has another size, and a deep net amplifies that. A row that depends on
+#: its batch is usually further off by far.
+_TOLERANCES = {torch.bfloat16: 0.1, torch.float16: 0.05}
+_FLOAT8_TOLERANCE = 0.3
+_ACCELERATOR_TOLERANCE = 0.05  # where float32 may be computed with 10 bits
+_TOLERANCE = 0.01
+_REDUCED_PRECISION_TOLERANCE = 0.1
+
+#: So much of an integer row may differ, and of a floating one be finite on one side only: near ties flip.
+_FLIPPED_SHARE = 0.1
+_NOT_FINITE_SHARE = 0.01
+
+#: A row that is next to nothing beside the others of its batch is compared with these.
+_FLOOR_SHARE = 1e-3
+_FLOOR_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Witness:
+    """A sample whose value is cached, with which another batch can be checked.
+
+    Attributes:
+        row: Its rows of the tensor arguments, as ``Batch.row`` gave them; None if it is in the batch itself.
+        cached: Its value, at its position in the batch if it is in there.
+        marks: Of the weights it was computed with.
+    """
+
+    row: tuple[torch.Tensor, ...] | None
+    cached: Found
+    marks: object = None
+
+
+class Verdicts:
+    """What is known of namespaces: whether their rows depend on their batch, and a witness to find out.
+
+    The first computed batch of a namespace leaves its first row as a witness, which the second one carries at its
+    end: a row that depends on those before it, or on all, comes back changed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = ForkLock()
+        # Guarded by _lock:
+        self._verdicts: OrderedDict[bytes, Verdict | None] = OrderedDict()  # None: it cannot be found out
+        self._witnesses: OrderedDict[bytes, Witness] = OrderedDict()  # by namespace + signature
+
+    def of(self, namespace: bytes) -> Verdict | None:
+        """Return the verdict; None if it could not be found out and is not to be tried again."""
+        with self._lock:
+            return self._verdicts.get(namespace, Verdict.UNKNOWN)
+
+    def note(self, namespace: bytes, verdict: Verdict | None) -> None:
+        """Remember a verdict, or with None that there will be none. One that says dependent stays."""
+        with self._lock:
+            if self._verdicts.get(namespace) is not Verdict.DEPENDENT:
+                self._verdicts[namespace] = verdict
+            while len(self._verdicts) > _MOST_NAMESPACES:
+                self._verdicts.popitem(last=False)
+            for key in [key for key in self._witnesses if key.startswith(namespace)]:
+                del self._witnesses[key]
+
+    def witness(self, namespace: bytes, signature: bytes) -> Witness | None:
+        """Return the witness that an earlier batch of the same signature left."""
+        with self._lock:
+            return self._witnesses.get(namespace + signature)
+
+    def leave(self, namespace: bytes, signature: bytes, witness: Witness) -> None:
+        """Leave a witness, unless there is one."""
+        with self._lock:
+            self._witnesses.setdefault(namespace + signature, witness)
+            if len(self._witnesses) > _MOST_WITNESSES:
+                self._witnesses.popitem(last=False)
+
+
+def tolerance(tensors: Iterable[torch.Tensor], cache_dtype: torch.dtype | None) -> float:
+    """Return how far two computations of one row may be apart.
+
+    Args:
+        tensors: What takes part: inputs, parameters, results.
+        cache_dtype: What values are rounded to.
+    """
+    dtypes = {cache_dtype} if cache_dtype is not None else set()
+    widest = _TOLERANCE
+    for tensor in tensors:
+        dtypes.add(tensor.dtype)
+        if tensor.device.type != "cpu":
+            widest = max(widest, _ACCELERATOR_TOLERANCE)
+            if torch.is_autocast_enabled(tensor.device.type):
+                dtypes.add(torch.get_autocast_dtype(tensor.device.type))
+    if torch.is_autocast_enabled("cpu"):
+        dtypes.add(torch.get_autocast_dtype("cpu"))
+    if torch.get_float32_matmul_precision() != "highest":
+        widest = max(widest, _REDUCED_PRECISION_TOLERANCE)
+    for dtype in dtypes:
+        is_float8 = dtype.is_floating_point and dtype.itemsize == 1
+        widest = max(widest, _FLOAT8_TOLERANCE if is_float8 else _TOLERANCES.get(dtype, 0.0))
+    return widest
+
+
+def row_distance(cached: Found, layout: Layout, row: Bytes2D, batch: Bytes2D, known: KnownClasses) -> float:
+    """Return how far two values of one row are apart, as a share of their norm.
+
+    Args:
+        cached: One row as it is cached.
+        layout: Of the row computed again.
+        row: That row, shape ``(1, layout.nbytes)``.
+        batch: What was computed with it, one row a sample.
+        known: What classes the values may have.
+
+    Returns:
+        The largest share over the leaves; infinity where the form differs.
+    """
+    if cached.layout != layout:
+        return math.inf
+    cpu = [torch.device("cpu")] * len(layout.leaves)
+    stored = cached.data if isinstance(cached.data, np.ndarray) else cached.data.cpu().numpy()
+    try:
+        a, b, rows = (
+            flatten(put_together(layout, data.copy(), cpu, known)).leaves for data in (stored, row, batch[:_FLOOR_ROWS])
+        )
+    except CorruptRecordError:
+        return 0.0  # the call itself will say so
+    return max((_leaf_distance(*leaves) for leaves in zip(a, b, rows, strict=True)), default=0.0)
+
+
+def _leaf_distance(cached: torch.Tensor, computed: torch.Tensor, batch: torch.Tensor) -> float:
+    """Return the norm of the difference of two rows over that of the larger one.
+
+    It is 0 for integers of which next to none differ, and infinity where too many numbers are finite on one
+    side only.
+    """
+    is_exact = not (cached.is_floating_point() or cached.is_complex())
+    if not cached.numel() or (is_exact and float((cached != computed).double().mean()) <= _FLIPPED_SHARE):
+        return 0.0
+    a, b = _numbers(cached), _numbers(computed)
+    one_sided = (a.isfinite() != b.isfinite()) | (a.isnan() != b.isnan())
+    if float(one_sided.double().mean()) > _NOT_FINITE_SHARE:
+        return math.inf
+    both = a.isfinite() & b.isfinite()
+    a, b = a[both], b[both]
+    rows = _numbers(batch).reshape(len(batch), -1).nan_to_num(0.0, 0.0, 0.0)
+    scale = max(float(a.norm()), float(b.norm()), _FLOOR_SHARE * float(rows.norm(dim=1).median()))
+    return float((a - b).norm()) / scale if scale else 0.0
+
+
+def _numbers(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor's values as float64; complex ones as pairs."""
+    plain = tensor.detach().cpu()
+    if plain.is_complex():
+        plain = torch.view_as_real(plain.to(torch.complex128))
+    if plain.dtype.itemsize == 1 and plain.is_floating_point():
+        plain = plain.float()
+    return plain.double()
