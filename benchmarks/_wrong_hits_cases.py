@@ -15,7 +15,6 @@ import threading
 import types
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -1122,10 +1121,10 @@ class Trained(nn.Module):
         return x * self.weight
 
 
-# -- what is in no key -------------------------------------------------------------------------------------------------
+# -- what lies outside of the module -------------------------------------------------------------------------------
 
 
-@row("Not in our key", "an environment variable that the code reads", is_limit=True)
+@row("Outside of the module", "an environment variable that the code reads")
 def environment_changed(side: Side) -> object:
     os.environ["WRONG_HITS_SCALE"] = "2"
     work = side.function(_with_environment)
@@ -1134,7 +1133,7 @@ def environment_changed(side: Side) -> object:
     return work(numbers())
 
 
-@row("Not in our key", "`torch.set_flush_denormal(True)`", is_limit=True)
+@row("Outside of the module", "`torch.set_flush_denormal(True)`")
 def denormals_flushed(side: Side) -> object:
     work, tiny = side.function(_halved), torch.full((4, WIDTH), 1e-39)
     work(tiny)
@@ -1145,32 +1144,10 @@ def denormals_flushed(side: Side) -> object:
         torch.set_flush_denormal(False)
 
 
-@row(
-    "Not in our key",
-    "a forward that counts its calls in an attribute and returns the count",
-    is_limit=True,
-)
+@row("Outside of the module", "a forward that counts its calls in an attribute and returns the count")
 def counted(side: Side) -> object:
     model = side.module(Counting)
     return [model(numbers()), model(numbers()), model(numbers())]
-
-
-@row("Not in our key", "a file that the code reads", is_limit=True)
-def file_changed(side: Side) -> object:
-    global PATH  # noqa: PLW0603 - a setting, as users write it
-    PATH = str(side.cache_dir.with_suffix(".txt"))
-    Path(PATH).write_text("2", encoding="utf-8")
-    work = side.function(_with_file)
-    work(numbers())
-    Path(PATH).write_text("3", encoding="utf-8")
-    return work(numbers())
-
-
-PATH = ""
-
-
-def _with_file(x: Any) -> Any:
-    return x * int(Path(PATH).read_text(encoding="utf-8"))
 
 
 def _with_environment(x: Any) -> Any:

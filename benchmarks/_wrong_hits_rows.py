@@ -30,7 +30,6 @@ class Row:
         needs: What a cache must have a notion of, by the names that ``Side.lacks`` uses.
         damage: What happens to the files on disk before the second run.
         writer: What a second process does during the first run.
-        is_limit: Our own cache is wrong there too, and the documentation says so.
     """
 
     group: str
@@ -39,7 +38,6 @@ class Row:
     needs: Sequence[str] = ()
     damage: Damage = ""
     writer: Writer = ""
-    is_limit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +53,11 @@ class Rows:
         *needs: str,
         damage: Damage = "",
         writer: Writer = "",
-        is_limit: bool = False,
     ) -> Callable[[Case], Case]:
         """Add the decorated function."""
 
         def decorate(case: Case) -> Case:
-            self.all.append(Row(group, title, case.__name__, needs, damage, writer, is_limit))
+            self.all.append(Row(group, title, case.__name__, needs, damage, writer))
             return case
 
         return decorate

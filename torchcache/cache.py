@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from operator import attrgetter
 from pathlib import Path
 from threading import local
 from types import FunctionType
@@ -64,8 +63,6 @@ _MOST_RANDOM = 4096
 
 #: So many forms of plain values beside tensors are watched for batch sizes.
 _MOST_PLAIN = 1024
-
-_REQUIRES_GRAD = attrgetter("requires_grad")
 
 _disabled: ContextVar[bool] = ContextVar("torchcache_disabled", default=False)
 _calling = local()  # .active: ids of the targets whose cached call is under way in this thread
@@ -841,7 +838,7 @@ class Cache:
     # -- going around -----------------------------------------------------------------------------------------------
 
     def _grad_reason(self) -> str | None:
-        if not torch.is_grad_enabled() or not any(map(_REQUIRES_GRAD, self._identity.parameters())):
+        if not torch.is_grad_enabled() or not self._identity.requires_grad():
             return None
         when = self.options.when_grad
         if when == "bypass":

@@ -122,6 +122,10 @@ class Identity:
         """Return the parameters last seen, in the order of the module tree."""
         return self._tracker.parameters
 
+    def requires_grad(self) -> bool:
+        """Tell whether a parameter last seen required grad."""
+        return self._tracker.requires_grad
+
     def marks(self) -> object:
         """Return something that differs once a weight was changed in a way that torch counts."""
         with self._lock:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dis
 import inspect
 import types
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -202,6 +203,25 @@ class Writes:
     assigned_names: set[str] = field(default_factory=set)
     changed_attributes: set[str] = field(default_factory=set)
     changed_names: set[str] = field(default_factory=set)
+    _updated: set[_Origin] = field(default_factory=set)  # assigned from what they were before
+    _reads: Counter[_Origin] = field(default_factory=Counter)  # but for those that the assignment itself makes
+
+    def carries(self, kind: str, name: str) -> bool:
+        """Tell whether code makes a new value of an "attribute" or "name" from the old one, and uses it elsewhere.
+
+        A counter that is only counted shapes no result; one that is also read may.
+        """
+        return (kind, name) in self._updated and self._reads[kind, name] > 0
+
+    def note_read(self, origin: _Origin) -> None:
+        """Note that what lies at ``origin`` is loaded."""
+        self._reads[origin] += 1
+
+    def note_assignment(self, target: _Origin, value: _Origin) -> None:
+        """Note that ``target`` is assigned what came from ``value``."""
+        if value == (_MADE_FROM + target[0], target[1]):
+            self._updated.add(target)
+            self._reads[target] -= 1
 
     def note_change(self, origin: _Origin) -> None:
         """Note that the object that came from ``origin`` is changed in place."""
@@ -223,8 +243,21 @@ class Writes:
             _note_writes_in(inner, shared, self)
 
 
-_Origin = tuple[str, str]  # "self", "attribute" of self, "name" of a global or cell, or "" for anything else
+#: "self", "attribute" of self, "name" of a global or cell, the latter two with "made from " before them for what an
+#: operator made of one, or "" for anything else.
+_Origin = tuple[str, str]
 _UNKNOWN: _Origin = ("", "")
+_MADE_FROM = "made from "
+
+
+def _made_from(*operands: _Origin) -> _Origin:
+    """Return the origin of what an operator makes of its operands."""
+    for kind, name in operands:
+        if kind in ("attribute", "name"):
+            return _MADE_FROM + kind, name
+        if kind.startswith(_MADE_FROM):
+            return kind, name
+    return _UNKNOWN
 
 
 def _note_writes_in(code: types.CodeType, origins: Mapping[str, _Origin], writes: Writes) -> None:
@@ -254,12 +287,14 @@ def _note_writes_in(code: types.CodeType, origins: Mapping[str, _Origin], writes
         if opname in ("STORE_ATTR", "DELETE_ATTR"):
             if peek(1)[0] == "self":
                 writes.assigned_attributes.add(argument)
+                writes.note_assignment(("attribute", argument), peek(2))
             else:
                 writes.note_change(peek(1))
         elif opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
             opname in ("STORE_DEREF", "DELETE_DEREF") and argument in code.co_freevars
         ):
             writes.assigned_names.add(argument)
+            writes.note_assignment(("name", argument), peek(1))
         elif opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
             writes.note_change(peek(2))
         elif opname == "STORE_SLICE":
@@ -281,11 +316,17 @@ def _note_writes_in(code: types.CodeType, origins: Mapping[str, _Origin], writes
             owner = pop(1)
             if argument in _MUTATORS:
                 writes.note_change(owner)
-            stack += [("attribute", argument) if owner[0] == "self" else _UNKNOWN] * (1 + effect)
+            origin = ("attribute", argument) if owner[0] == "self" else _UNKNOWN
+            writes.note_read(origin)
+            stack += [origin] * (1 + effect)
         elif opname in _LOADS_GLOBAL or opname in _LOADS_CELL:
             stack += [_UNKNOWN] * (effect - 1)
             known = origins.get(argument) if opname in _LOADS_CELL else None
+            writes.note_read(("name", argument))
             stack.append(known or ("name", argument))
+        elif opname.startswith(("BINARY_", "INPLACE_")) and effect == -1 and "SUBSCR" not in opname:
+            right, left = pop(1), pop(1)
+            stack.append(_made_from(left, right))
         elif opname.startswith("LOAD_FAST"):  # from 3.13 on, one instruction may load two variables
             loaded = argument if isinstance(argument, tuple) else (argument,)
             stack += [origins.get(name, _UNKNOWN) for name in loaded]

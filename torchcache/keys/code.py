@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import sys
 import types
 import weakref
@@ -22,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchcache.keys.bytecode import Reads, Writes, constant, fingerprint_code, is_constant, reads_of
+from torchcache.keys.bytecode import Reads, Writes, all_codes, constant, fingerprint_code, is_constant, reads_of
 from torchcache.keys.changes import CLASS_BOOKKEEPING, Watch, is_container, is_plain_type, items_of
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.origins import (
@@ -286,6 +287,7 @@ class _Walk:
                 self._visit_home_of_super(cell)
                 continue
             self._visit_name(Name(f"{function.__name__}.{key}", cell if closure is None else closure, key, is_own), key)
+        self._note_environment(function)
         self._visit_attributes_of_function(function, label, is_own=is_own)
         was_weak, self._is_weak = self._is_weak, False  # globals are nobody's state
         self._visit_globals(function, is_own=is_own)
@@ -302,6 +304,15 @@ class _Walk:
         self._follow_chains(function, reads, is_own=is_own)
         for level, module, wanted in reads.imports:
             self._follow_import(function, level, module, wanted, is_own=is_own)
+
+    def _note_environment(self, function: types.FunctionType) -> None:
+        """Note the variables of the environment that a function may ask for: each text in it that could name one."""
+        reads = reads_of(function.__code__)
+        if not {"environ", "getenv"} & {*reads.names, *reads.attributes}:
+            return
+        texts = {value for code in all_codes(function.__code__) for value in code.co_consts if type(value) is str}
+        for text in sorted(filter(str.isidentifier, texts)):
+            self._found.names.append(Name(f"environment {text}", os.environ, text))
 
     def _code_of(self, function: types.FunctionType) -> Iterator[bytes]:
         """Yield the code and the defaults that are constants."""

@@ -12,24 +12,28 @@ from torch.utils._device import DeviceContext
 #: Devices that have an autocast state of their own.
 _AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia", "maia", "xla", "privateuseone")
 
-#: Precision and choice of kernels, by the names torch's own ``backends`` modules ask for. Numbers of threads
-#: do not count: a worker has one, its parent many, and they share a cache.
-_FLAGS: tuple[Callable[[], object], ...] = tuple(
-    getattr(torch._C, name)  # noqa: SLF001 - through torch.backends each costs three times as much
-    for name in (
-        "_get_cublas_allow_tf32", "_get_cudnn_allow_tf32", "_get_cublas_allow_fp16_reduced_precision_reduction",
-        "_get_cublas_allow_bf16_reduced_precision_reduction", "_get_cublas_allow_fp16_accumulation",
-        "_get_cpu_allow_fp16_reduced_precision_reduction", "_get_cudnn_enabled", "_get_mkldnn_enabled",
-        "_get_nnpack_enabled", "_get_flash_sdp_enabled", "_get_mem_efficient_sdp_enabled", "_get_math_sdp_enabled",
-        "_get_cudnn_sdp_enabled", "_get_math_sdp_allow_fp16_bf16_reduction",
-    )
-    if hasattr(torch._C, name)  # noqa: SLF001
+_OF_CPU = (
+    "_get_cpu_allow_fp16_reduced_precision_reduction", "_get_mkldnn_enabled", "_get_nnpack_enabled",
+    "_get_flash_sdp_enabled", "_get_math_sdp_enabled", "_get_math_sdp_allow_fp16_bf16_reduction",
 )  # fmt: skip
+_OF_CUDA = (
+    "_get_cublas_allow_tf32", "_get_cudnn_allow_tf32", "_get_cublas_allow_fp16_reduced_precision_reduction",
+    "_get_cublas_allow_bf16_reduced_precision_reduction", "_get_cublas_allow_fp16_accumulation", "_get_cudnn_enabled",
+    "_get_mem_efficient_sdp_enabled", "_get_cudnn_sdp_enabled",
+)  # fmt: skip
+
+#: Precision and choice of kernels, as torch's own ``backends`` modules ask for them, which cost three times as much.
+#: Numbers of threads do not count: a worker has one, its parent many, and they share a cache.
+_FLAGS: tuple[Callable[[], object], ...] = tuple(
+    getattr(torch._C, name)  # noqa: SLF001
+    for name in (*_OF_CPU, *(_OF_CUDA if torch.backends.cuda.is_built() else ()))
+    if hasattr(torch._C, name)  # noqa: SLF001
+)
 
 #: Per backend and operation, from torch 2.9 on; the setters of these reach ``_FLAGS`` only in part.
 _PRECISION: Callable[[str, str], object] | None = getattr(torch._C, "_get_fp32_precision_getter", None)  # noqa: SLF001
-_PRECISION_OF = (("generic", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("mkldnn", "matmul"), ("mkldnn", "conv"))
-
+_BACKENDS = ("mkldnn", *(("cuda",) if torch.backends.cuda.is_built() else ()))
+_OPERATIONS = [(backend, operation) for backend in _BACKENDS for operation in ("matmul", "conv", "rnn")]
 
 #: The smallest number above zero: a thread that flushes such numbers makes nothing of it.
 _SMALLEST = [5e-324, 1.0]
@@ -38,14 +42,17 @@ _SMALLEST = [5e-324, 1.0]
 def current_mode() -> tuple[object, ...]:
     """Return the settings in force where the call is made; equal tuples mean equal bytes."""
     return (
-        _autocast(),
+        autocast_in_force(),
         torch.get_default_dtype(),
         torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.mha.get_fastpath_enabled(),
         _SMALLEST[0] * _SMALLEST[1] == 0.0,  # torch.set_flush_denormal has no getter
         [flag() for flag in _FLAGS],
-        None if _PRECISION is None else [_PRECISION(*place) for place in _PRECISION_OF],
+        # "none" and "ieee" are the same: what a backend inherits is resolved already.
+        []
+        if _PRECISION is None
+        else [_PRECISION(*place) not in ("none", "ieee") and _PRECISION(*place) for place in _OPERATIONS],
         [
             str(mode.device)
             for mode in _function_modes()
@@ -71,7 +78,8 @@ def _function_modes() -> list[object]:
     return list(_get_current_function_mode_stack())
 
 
-def _autocast() -> tuple[object, ...]:
+def autocast_in_force() -> tuple[object, ...]:
+    """Return each device that autocast is on for, with its dtype."""
     if not torch._C._is_any_autocast_enabled():  # noqa: SLF001 - the usual case, at once
         return ()
     enabled = []

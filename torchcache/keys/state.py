@@ -15,19 +15,20 @@ import types
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from collections.abc import Set as AbstractSet
 from dataclasses import fields, is_dataclass
-from operator import attrgetter, itemgetter
+from functools import lru_cache
+from operator import attrgetter, getitem, itemgetter
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
-from torchcache.keys.code import CodeWalk, Name
+from torchcache.keys.code import MISSING, CodeWalk, Name, Writes
 from torchcache.keys.digest import digest_parts
-from torchcache.keys.mode import ambient_reason, current_mode
+from torchcache.keys.mode import ambient_reason, autocast_in_force, current_mode
 from torchcache.keys.values import (
     GENERATORS,
     attributes_of,
@@ -43,7 +44,7 @@ _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 #: Hooks that change what an inner module returns.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 
-_WATCHED_INTERNALS = ("_parameters", "_buffers", "_modules")
+_HELD_BY_MODULES = ("_parameters", "_buffers", "_modules")
 
 #: A changed namespace this many calls in a row means state that changes at every call.
 _RESTLESS_CALLS = 3
@@ -58,6 +59,7 @@ _AUDIT_SHARE = 0.01
 _PROBE_BYTES = 64
 
 _NUMBERS = (int, float, complex, bool)
+_COMPARABLE = (str, bytes, type(None), nn.Module, torch.Tensor)
 _CONTAINERS = (list, dict, set, deque, bytearray, np.ndarray)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
@@ -79,7 +81,7 @@ _SAMPLED_ELEMENTS = 4096
 _MOST_WATCHED = 10_000
 
 #: Reasons for which there are no weights to look at.
-_WITHOUT_WEIGHTS = ("uninitialized_parameters", "meta_tensor")
+_WITHOUT_WEIGHTS = ("uninitialized_parameters", "meta_tensor", "opaque_weights")
 
 #: One name and digest of each thing the state is made of, in order.
 Parts = list[tuple[str, bytes]]
@@ -154,6 +156,11 @@ class StateTracker:
     def parameters(self) -> list[torch.Tensor]:
         """The parameters last seen, in the order of the module tree."""
         return self._snapshot.parameters if self._snapshot else []
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a parameter last seen required grad."""
+        return self._snapshot is not None and self._snapshot.requires_grad
 
     @property
     def unnamed(self) -> list[tuple[str, str]]:
@@ -259,26 +266,35 @@ class _Places:
     """Where the counted values lie that a change would be assigned to: dictionaries, slots, variables.
 
     Dictionaries of the same keys are read by one ``itemgetter`` each, which costs a tenth of a microsecond.
-    Their numbers are compared as marshalled bytes, because equal ones of another type (1 and True), and 0.0
-    and -0.0, compare equal.
+    Numbers are compared as marshalled bytes, because equal ones of another type (1 and True), and 0.0 and -0.0,
+    compare equal; texts, modules and tensors by ``==``, which asks for identity first; anything else by identity
+    alone: equal dictionaries may have another order, and a class may call anything equal. What was seen is
+    held, so an identity cannot be another object's by now.
     """
 
     def __init__(self) -> None:
         self._keys: list[tuple[Mapping[str, Any], tuple[str, ...]]] = []
         self._sized: list[Sized] = []
+        self._without_hooks: list[Sized] = []
+        self._hooks_ever = 0
         self._slotted: list[object] = []
         self._named: list[Name] = []
-        self._getters: list[tuple[itemgetter[Any], list[Mapping[str, Any]]]] = []
-        self._number_getters: list[tuple[itemgetter[Any], list[Mapping[str, Any]]]] = []
+        self._numbers: list[tuple[itemgetter[Any], list[Mapping[str, Any]]]] = []
+        self._comparable: list[tuple[itemgetter[Any], list[Mapping[str, Any]]]] = []
+        self._owners: list[Mapping[str, Any]] = []  # of the values that are compared by identity,
+        self._owned: list[str] = []  # under these keys
+        self._held: list[object] = []
         self._seen: tuple[object, ...] = ()
 
-    def watch(self, values: Mapping[str, Any], keys: Iterable[str]) -> None:
-        """Watch some keys of a dictionary, and its length."""
+    def watch(self, values: Mapping[str, Any], keys: Iterable[str], *, may_grow: bool = True) -> None:
+        """Watch some keys of a dictionary, and its length if it may grow."""
         self._keys.append((values, tuple(keys)))
-        self._sized.append(values)
+        if may_grow:
+            self._sized.append(values)
 
-    def watch_length(self, values: Sized) -> None:
-        self._sized.append(values)
+    def watch_for_hooks(self, hooks: Sized) -> None:
+        """Watch a dictionary of hooks that has none."""
+        self._without_hooks.append(hooks)
 
     def watch_slots(self, value: object) -> None:
         self._slotted.append(value)
@@ -291,34 +307,47 @@ class _Places:
         groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Mapping[str, Any]]] = {}
         for values, keys in self._keys:
             numbers = tuple(key for key in keys if type(values[key]) in _NUMBERS)
-            others = tuple(key for key in keys if key not in numbers)
-            groups.setdefault((numbers, others), []).append(values)
-        for (numbers, others), members in groups.items():
+            comparable = tuple(key for key in keys if isinstance(values[key], _COMPARABLE))
+            groups.setdefault((numbers, comparable), []).append(values)
+            for key in keys:
+                if key not in numbers and key not in comparable:
+                    self._owners.append(values)
+                    self._owned.append(key)
+        for (numbers, comparable), members in groups.items():
             if numbers:
-                self._number_getters.append((itemgetter(*numbers), members))
-            if others:
-                self._getters.append((itemgetter(*others), members))
+                self._numbers.append((itemgetter(*numbers), members))
+            if comparable:
+                self._comparable.append((itemgetter(*comparable), members))
         self._keys.clear()
+        self._hooks_ever = RemovableHandle.next_id
+        self._held = self._by_identity()
         self._seen = self._read()
 
     def have_moved(self) -> bool:
-        """Tell whether anything differs from what was there; may raise what a foreign ``__eq__`` raises."""
-        return self._read() != self._seen
+        """Tell whether anything differs from what was there; raises KeyError where something is gone."""
+        return self._read() != self._seen or self._have_got_hooks()
+
+    def _have_got_hooks(self) -> bool:
+        """Tell whether hooks came; torch numbers them all, so mostly nobody has to be asked."""
+        if RemovableHandle.next_id == self._hooks_ever:
+            return False
+        self._hooks_ever = RemovableHandle.next_id
+        return any(map(len, self._without_hooks))
 
     def _read(self) -> tuple[object, ...]:
-        others: list[Any] = []
-        if self._slotted:
-            others = [list((attributes_of(value) or {}).items()) for value in self._slotted]
-        named = [name.read() for name in self._named]
         return (
             list(map(len, self._sized)),
-            [list(map(getter, members)) for getter, members in self._getters],
-            _dump([list(map(getter, members)) for getter, members in self._number_getters]),
-            named,
-            _dump([value for value in named if type(value) in _NUMBERS]),
-            others,
-            [type(value) for value in named],
+            [list(map(getter, members)) for getter, members in self._comparable],
+            _dump([list(map(getter, members)) for getter, members in self._numbers]),
+            list(map(id, self._by_identity())),
         )
+
+    def _by_identity(self) -> list[object]:
+        values: list[object] = list(map(getitem, self._owners, self._owned))
+        values += [name.read() for name in self._named]
+        for slotted in self._slotted:
+            values += (attributes_of(slotted) or {}).values()
+        return values
 
 
 class _Snapshot:
@@ -329,7 +358,7 @@ class _Snapshot:
         self._walk = walk
         self._named = [] if walk is None else [
             name for name in walk.names
-            if not _is_written(name.key, name.read(), walk.writes.assigned_names, walk.writes.changed_names)
+            if not _is_written("name", name.key, name.read(), walk.writes)
             and (name.is_own or encode_plain(name.read()) is not None)
         ]  # fmt: skip
         self._modules: list[nn.Module] = []
@@ -343,6 +372,7 @@ class _Snapshot:
         self.parts: Parts = self._collect(root)
         self.code = list(self._code.values())
         self.parameters: list[torch.Tensor] = [t for t in self._tensors if isinstance(t, nn.Parameter)]
+        self.requires_grad = any(map(_REQUIRES_GRAD, self.parameters))
         self.bypass_reason = _bypass_reason(self._modules, self._tensors)
         self.tensors = [] if walk is None or self.bypass_reason in _WITHOUT_WEIGHTS else self._tensors
         self.plain = digest_parts(part for name, value in self.parts for part in (name.encode(), value))
@@ -352,7 +382,7 @@ class _Snapshot:
         self._places.settle()
         self._contained = self._encode_containers()
         self._marks = _Marks(self.tensors)
-        self._seen_marks = self._marks.read()
+        self._seen_marks, self._seen_forms = self._marks.read(), self._marks.forms()
         self._probes = [probe for tensor in self.tensors for probe in _probes(tensor)]
         self._seen_probes = b"".join(self._probes)
 
@@ -362,11 +392,11 @@ class _Snapshot:
 
     def seen_weights(self) -> tuple[object, ...]:
         """Return what was seen of the weights short of hashing them."""
-        return self._seen_marks, self._seen_probes
+        return self._seen_marks, self._seen_forms[:-1], self._seen_probes
 
     def read_marks(self) -> object:
         """Return what torch says of the weights now."""
-        return self._marks.read()
+        return self._marks.read(), self._marks.forms()
 
     def looks_moved(self) -> bool:
         """Compare with the present; costs tens of microseconds for a ViT-B."""
@@ -375,6 +405,7 @@ class _Snapshot:
                 self._places.have_moved()
                 or list(map(type, self._modules)) != self._classes
                 or self._marks.read() != self._seen_marks
+                or not self._marks.have_form(self._seen_forms)
                 or b"".join(self._probes) != self._seen_probes
                 or (bool(self._containers) and self._encode_containers() != self._contained)
             )
@@ -415,21 +446,21 @@ class _Snapshot:
         for key, value in sorted(attributes.items()):
             if key not in _MODULE_INTERNALS and key not in left_out:
                 parts.append((f"{prefix}{key}", self._encode(value, f"{prefix}{key}")))
-        counted = [key for key in attributes if key in _WATCHED_INTERNALS or key not in (*left_out, *_MODULE_INTERNALS)]
+        is_torchs = _is_torchs_own_layer(module)
+        counted = [key for key in attributes if key not in (*left_out, *_MODULE_INTERNALS)]
         self._places.watch(attributes, counted)
         for kind in ("_parameters", "_buffers"):
             for key, tensor in attributes[kind].items():
                 named = f"{prefix}{key}"
                 parts.append((f"{kind} {named}", b"" if tensor is None else self._refer(tensor, named)))
-        for kind in _WATCHED_INTERNALS:
-            # What torch's own layers do not look for cannot be added behind our back.
-            if attributes[kind] or not _is_torchs_own_layer(module):
-                self._places.watch(attributes[kind], attributes[kind])
+        for kind in _HELD_BY_MODULES:
+            # Torch's own layers look for nothing that their constructor did not make.
+            self._places.watch(attributes[kind], attributes[kind], may_grow=not is_torchs)
         if is_inner:
             hooks = [attributes[kind] for kind in _HOOKS]
             self.has_inner_hooks = self.has_inner_hooks or any(hooks)
             for hook in hooks:
-                self._places.watch(hook, hook) if hook else self._places.watch_length(hook)
+                self._places.watch(hook, hook) if hook else self._places.watch_for_hooks(hook)
             parts += [(f"{path} hook", self._encode(hook, f"{path} hook")) for d in hooks for hook in d.values()]
         return parts
 
@@ -437,14 +468,13 @@ class _Snapshot:
         return (
             key.startswith(("torchcache_", "_torchcache_"))
             or key == "cache_instance"
-            or (
-                self._walk is not None
-                and _is_written(key, value, self._walk.writes.assigned_attributes, self._walk.writes.changed_attributes)
-            )
+            or (self._walk is not None and _is_written("attribute", key, value, self._walk.writes))
             or (key == "forward" and hasattr(value, "__torchcache_original__"))
         )
 
     def _encode(self, value: object, path: str) -> bytes:
+        if value is MISSING:
+            return b"missing"
         self._watch(value, path, depth=0)
 
         def refer(inner: nn.Module | torch.Tensor) -> bytes:
@@ -515,40 +545,94 @@ class _Snapshot:
 
 
 class _Marks:
-    """What torch says of tensors without their bytes: where they lie, how large they are, and how often written.
+    """What torch says of tensors without their bytes: where they lie, what form they have, how often written.
 
-    Built for speed: one call of a C function a tensor and question. A write through ``.data`` changes none of
-    it but the tensor it puts in place may; so where the memory is the same, size and strides count too.
+    A write through ``.data`` counts no version, but the tensor it puts in place may lie elsewhere or, if it is a
+    part or a view of the old one, have another form. Built for speed: one call of C a tensor and question, and
+    for the form one for all, where torch's own guards of compiled code can be asked.
     """
 
     def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
         self._tensors = tensors
         self._counted = [t for t in tensors if not t.is_inference()]  # the others count no versions
         self._matrices = [t for t in tensors if t.dim() > 1]
+        self._guards: dict[tuple[object, ...], Any] = {}
 
     def read(self) -> tuple[list[object], ...]:
+        """Return where the tensors lie and how often they were written."""
+        return list(map(_POINTER, self._tensors)), list(map(_VERSION, self._counted))
+
+    def forms(self) -> tuple[list[object], ...]:
+        """Return sizes, strides, dtypes, and who requires grad."""
         return (
-            list(map(_POINTER, self._tensors)),
             list(map(_BYTES, self._tensors)),
             list(map(_STRIDES, self._matrices)),
-            list(map(_VERSION, self._counted)),
+            list(map(_DTYPE, self._tensors)),
+            list(map(_REQUIRES_GRAD, self._tensors)),
         )
 
+    def have_form(self, seen: tuple[list[object], ...]) -> bool:
+        """Tell whether ``forms`` would still return what was ``seen``."""
+        if not self._tensors:
+            return True
+        # What a guard sees depends on these: the tensors' dispatch keys are masked by them.
+        surroundings = torch.is_inference_mode_enabled(), autocast_in_force()
+        guard = self._guards.get(surroundings)
+        if guard is not None and guard.check(*self._tensors):
+            return True
+        if self.forms() != seen:
+            return False
+        if len(self._guards) < _MOST_GUARDS:
+            self._guards[surroundings] = _make_guard(self._tensors)
+        return True
+
+
+#: Guards are kept for so many surroundings (inference mode, autocast).
+_MOST_GUARDS = 8
 
 _POINTER = torch.Tensor.data_ptr
+_VERSION = attrgetter("_version")
 _BYTES = attrgetter("nbytes")
 _STRIDES = torch.Tensor.stride
-_VERSION = attrgetter("_version")
+_DTYPE = attrgetter("dtype")
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
-def _is_written(key: str, value: object, assigned: AbstractSet[str], changed: AbstractSet[str]) -> bool:
-    """Tell whether the code that runs changes a variable itself, so that it is no part of the key.
+def _make_guard(tensors: Sequence[torch.Tensor]) -> Any:  # noqa: ANN401 - a class of torch without a public name
+    """Return torch's check that tensors keep their form; None where this torch has none that does."""
+    return _guard_of(tensors) if _guards_work() else None
 
-    A change in place was recognised by its form only, so the value has to be one that has such a form.
+
+def _guard_of(tensors: Sequence[torch.Tensor]) -> Any:  # noqa: ANN401 - as above
+    guards: Any = torch._C._dynamo.guards  # noqa: SLF001 - what it promises is tried below
+    return guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+
+@lru_cache(maxsize=1)
+def _guards_work() -> bool:
+    """Try the guards of this torch once: they are no public interface."""
+    tensor = torch.zeros(4, 4, device="cpu", dtype=torch.float32)
+    forms = (tensor.t(), tensor[:2], tensor.view(torch.int32), tensor.view(2, 8))
+    try:
+        guard = _guard_of([tensor])
+        return bool(guard.check(tensor)) and not any(map(guard.check, forms))
+    except Exception:  # noqa: BLE001 - whatever a later torch makes of it: the tensors are asked one by one
+        return False
+
+
+def _is_written(kind: str, key: str, value: object, writes: Writes) -> bool:
+    """Tell whether the code that runs changes an "attribute" or "name" itself, so that it is no part of the key.
+
+    What it carries from call to call and uses does count: results that depend on it change at every call, and
+    are not cached. A change in place was recognised by its form only, so the value has to be one that has such
+    a form.
     """
-    if key in assigned:
+    if writes.carries(kind, key):
+        return False
+    is_attribute = kind == "attribute"
+    if key in (writes.assigned_attributes if is_attribute else writes.assigned_names):
         return True
-    return key in changed and (
+    return key in (writes.changed_attributes if is_attribute else writes.changed_names) and (
         isinstance(value, (list, dict, set, deque, bytearray))
         or (hasattr(value, "__dict__") and not isinstance(value, (nn.Module, torch.Tensor, type, *_CODE)))
     )
@@ -661,6 +745,8 @@ def _bypass_reason(modules: Iterable[nn.Module], tensors: Iterable[torch.Tensor]
             return "uninitialized_parameters"
         if tensor.is_meta:
             return "meta_tensor"
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+            return "opaque_weights"
     return None
 
 
