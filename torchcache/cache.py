@@ -418,10 +418,10 @@ class Cache:
             positions += witness.cached.positions
         is_as_given = len(positions) == call.batch.n == n and witness is None
         args, kwargs = call.args, call.kwargs
-        if not is_as_given:
-            args, kwargs = call.batch.select(positions, None if witness is None else witness.row)
         random_before = _random_state()
         try:
+            if not is_as_given:
+                args, kwargs = call.batch.select(positions, None if witness is None else witness.row)
             with torch.no_grad():
                 output = call.function(*args, **kwargs)
         except Exception as error:

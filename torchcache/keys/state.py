@@ -395,8 +395,9 @@ class _Snapshot:
         return self._seen_marks, self._seen_forms[:-1], self._seen_probes
 
     def read_marks(self) -> object:
-        """Return what torch says of the weights now."""
-        return self._marks.read(), self._marks.forms()
+        """Return what torch says of all tensors now, whether they count or not."""
+        marks = _Marks(self._tensors)
+        return marks.read(), marks.forms()
 
     def looks_moved(self) -> bool:
         """Compare with the present; costs tens of microseconds for a ViT-B."""
