@@ -1,0 +1,63 @@
+"""Defects of the library that a run can be given, to see that it finds them: each replaces one function of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torchcache import samples
+from torchcache.memory import MemoryTier
+from torchcache.samples import Batch
+
+
+def _blind() -> None:
+    """Let the key not tell dtypes apart."""
+    true_parts = Batch.shared_parts
+
+    def parts(self: Batch) -> list[tuple[str, bytes]]:
+        return [
+            (name, value.partition(b" ")[2] if name.startswith("tensor ") else value)
+            for name, value in true_parts(self)
+        ]
+
+    Batch.shared_parts = parts  # type: ignore[method-assign]
+
+
+def _restless() -> None:
+    """Let the key depend on the hash seed."""
+    true_signature = Batch.signature
+    seeded = hash("torchcache").to_bytes(8, "little", signed=True)
+
+    def signature(self: Batch) -> bytes:
+        return bytes(a ^ b for a, b in zip(true_signature(self), 2 * seeded, strict=True))
+
+    Batch.signature = signature  # type: ignore[method-assign]
+
+
+def _wrong_value() -> None:
+    """Let a hit in memory give another row's value now and then."""
+    true_get = MemoryTier.get_many
+    calls = iter(range(1 << 60))
+
+    def get_many(self: MemoryTier, namespace: bytes, digests: list[bytes]) -> object:
+        found, missing = true_get(self, namespace, digests)
+        if next(calls) % 5 == 4 and found and len(found[0].positions) > 1:
+            found[0].data[0] = found[0].data[-1]
+        return found, missing
+
+    MemoryTier.get_many = get_many  # type: ignore[method-assign,assignment]
+
+
+def _short_sighted() -> None:
+    """Let the key see only the beginning of each row."""
+    true_digests = samples.digest_rows
+
+    def digest_rows(data: memoryview, n: int) -> list[bytes]:
+        width = len(data) // n
+        return true_digests(memoryview(b"".join(data[i * width : i * width + width // 2] for i in range(n))), n)
+
+    samples.digest_rows = digest_rows  # type: ignore[attr-defined]
+
+
+DEFECTS: dict[str, Callable[[], None]] = {
+    "blind": _blind, "restless": _restless, "short-sighted": _short_sighted, "wrong-value": _wrong_value,
+}  # fmt: skip
