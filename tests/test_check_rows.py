@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
 
 from torchcache import cache_of, torchcache
+from torchcache.storage.lmdb import LmdbStore
 
 
 def stats_of(target):
@@ -127,6 +130,27 @@ def test_rows_of_their_own_raise_no_alarm(case):
     stats = stats_of(cached)
     assert not stats.bypasses
     assert (stats.misses, stats.memory_hits) == (4 * n, 4 * n)
+
+
+@pytest.mark.parametrize("tier", ["queue", "store"])
+def test_what_the_caller_writes_into_a_checked_batch_reaches_no_tier(tier, cache_dir, monkeypatch):
+    may_pack, pack = threading.Event(), LmdbStore.pack
+
+    def waits(self, namespace, rows):
+        assert may_pack.wait(30)
+        return pack(self, namespace, rows)
+
+    monkeypatch.setattr(LmdbStore, "pack", waits)
+    cached, _ = wrap(lambda x: x * 2, persistent=True, persistent_cache_dir=cache_dir, max_memory_cache_size=0)
+    first, second, *_ = batches(4, 3)
+    cached(first)
+    cached(second).zero_()
+    if tier == "store":
+        may_pack.set()
+        assert cache_of(cached).flush()
+    assert torch.equal(cached(second), second * 2)
+    may_pack.set()
+    cache_of(cached).close()
 
 
 def test_with_a_hit_in_the_second_batch_that_row_is_computed_once_more():

@@ -462,7 +462,9 @@ class Cache:
             self._keep(call, rows)
             self._leave_witness(call, own[0], rows)
         whole = _Answer(rounded(tree, self.options.cache_dtype)) if is_as_given else None
-        return _Computed([Found(own, layout, data[:n]), *found_again], None if reason else rows, whole)
+        # What is kept is the queue's and other threads' as well; the caller gets bytes of its own.
+        mine = data[:n] if reason or whole is not None else data[:n].copy()
+        return _Computed([Found(own, layout, mine), *found_again], None if reason else rows, whole)
 
     def _give_back(self, reason: str, call: _Call, output: object) -> _Answer:
         """Answer with ``output``, the whole call's result that cannot be cached; None: compute it."""
@@ -590,7 +592,7 @@ class Cache:
             if call.store is not None:
                 writer.forget(call.store, call.namespace, [digest])
                 self._do(call.store, partial(call.store.delete_many, call.namespace, [digest]))
-            self._keep(call, Rows([digest], item.layout, item.data))
+            self._keep(call, Rows([digest], item.layout, item.data.copy()))
 
     def _assemble(self, found: Sequence[Found], batch: Batch) -> object:
         layout = found[0].layout
