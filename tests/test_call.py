@@ -1243,6 +1243,25 @@ def test_random_numbers_of_every_global_generator_are_noticed(draw):
     assert stats_of(module).bypasses["random_numbers"] == 3
 
 
+def test_random_numbers_of_another_thread_turn_the_cache_off_for_a_while_only():
+    drawn = []
+
+    @torchcache(check_rows=False)
+    def function(x):
+        if drawn:  # stands for another thread that draws meanwhile
+            torch.rand(1)
+        return x * 2
+
+    drawn.append(1)
+    for i in range(4):
+        function(batch(start=100 * i))
+    assert stats_of(function).bypasses["random_numbers"] == 4
+    drawn.clear()
+    for i in range(100):
+        function(batch(start=10_000 + 100 * (i % 2)))
+    assert stats_of(function).memory_hits > 20
+
+
 def test_an_input_that_requires_grad_goes_around_the_cache_and_gets_its_gradient():
     module = torchcache()(nn.Linear(10, 4))
     x = batch().requires_grad_()

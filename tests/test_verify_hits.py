@@ -110,6 +110,18 @@ def test_hits_are_verified_beside_missing_rows_in_one_call(factor):
     assert stats_of(scaled).verified_rows == 4
 
 
+def test_an_audit_that_fails_costs_nobody_the_hit(tmp_path):
+    path = tmp_path / "factor"
+    path.write_text("2")
+    scaled, _ = make(path, verify_hits=1.0)
+    scaled(X)
+    path.unlink()
+    assert torch.equal(scaled(X), X * 2)
+    assert torch.equal(scaled(X[:2]), X[:2] * 2)
+    stats = stats_of(scaled)
+    assert (stats.memory_hits, stats.faults, stats.bypasses) == (6, {"verify_hits": 2}, {})
+
+
 def test_neither_choosing_nor_checking_draws_from_a_global_generator(factor):
     scaled, _ = make(factor, verify_hits=0.5)
     scaled(X)

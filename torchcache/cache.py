@@ -7,7 +7,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from threading import local
@@ -29,18 +29,20 @@ from torchcache.log import warn_once
 from torchcache.memory import MemoryTier
 from torchcache.options import CacheOptions
 from torchcache.outputs import (
+    are_alike,
     detached,
     devices_of,
     flatten,
     is_known,
     plain_numbers,
     put_together,
+    reform,
     rounded,
     take_apart,
     unsupported_leaf,
 )
 from torchcache.reasons import remedy_for
-from torchcache.recheck import Verdicts, Witness, row_distance, tolerance
+from torchcache.recheck import Verdicts, Witness, largest_row, row_distance, tolerance
 from torchcache.samples import Batch, CallSignature
 from torchcache.stats import CacheStats, Counters
 from torchcache.storage.contract import Verdict, Written
@@ -57,9 +59,6 @@ from torchcache.storage.writer import (
 from torchcache.structure import KnownClasses
 
 R = TypeVar("R")
-
-#: So many states are remembered as consuming random numbers; others are found out again.
-_MOST_RANDOM = 4096
 
 #: So many forms of plain values beside tensors are watched for batch sizes.
 _MOST_PLAIN = 1024
@@ -94,15 +93,10 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     batch: Batch
-    look: Look
     store: LmdbStore | None
-    signature: bytes = b""
+    namespace: bytes
     digests: list[bytes] = field(default_factory=list)
     landings: int = 0  # of other threads' flights, before the tiers were asked
-
-    @property
-    def namespace(self) -> bytes:
-        return self.look.namespace
 
     def rows_at(self, positions: Sequence[int]) -> list[bytes]:
         """Return the digests of the samples at ``positions``."""
@@ -159,7 +153,6 @@ class Cache:
         self._verdicts = Verdicts()
         self._flights = Flights()
         self._known = KnownClasses()
-        self._random_namespaces: set[bytes] = set()
         self._sizes_of_plain: dict[bytes, set[int]] = {}  # batch sizes that gave equal plain values
         self._chance = random.Random(os.urandom(16))  # noqa: S311 - chooses samples; the global one is the user's
         self._devices: tuple[torch.device, ...] = ()  # where the last computed result had its leaves
@@ -239,14 +232,21 @@ class Cache:
         if not batch.n:
             with torch.no_grad():
                 return detached(function(*args, **kwargs))
-        call = _Call(function, args, kwargs, batch, look, self._open(look), landings=self._flights.landings)
+        signature = batch.signature()
+        namespace = self._namespace_of(look, signature)
+        reason = self._verdict_against(namespace)
+        if reason:
+            return self._bypass(reason, function, args, kwargs, rows=batch.n)
+        call = _Call(
+            function, args, kwargs, batch, self._open(look), namespace, landings=self._flights.landings
+        )  # fmt: skip
         try:
-            call.signature = batch.signature()
-            call.digests = batch.digests(call.signature)
+            call.digests = batch.digests(signature)
             found, missing = self._look_up(call)
+            # The store may have brought the verdict of another process.
             if self._verdicts.of(call.namespace) is Verdict.DEPENDENT:
                 return self._go_around("rows_depend_on_batch", call)
-            if len({item.layout for item in found}) > 1:
+            if not _stack(found):
                 return self._go_around("rows_do_not_stack", call)
             doubted = self._choose(found) if self.options.verify_hits else []
             if not missing and not doubted:
@@ -267,11 +267,20 @@ class Cache:
         except Exception as error:  # noqa: BLE001 - whatever a foreign __repr__ or __eq__ raises
             self.on_fault(error, 0)
             return Look("", b"", is_private=True, reason="unreadable_state")
-        if look.reason is None and look.namespace in self._random_namespaces:
-            return replace(look, reason="random_numbers")
-        if look.reason is None and self._verdicts.of(look.namespace) is Verdict.DEPENDENT:
-            return replace(look, reason="rows_depend_on_batch")
         return look
+
+    def _verdict_against(self, namespace: bytes) -> str | None:
+        """Say what earlier calls of a namespace showed that speaks against caching it, or None."""
+        if self._verdicts.of(namespace) is Verdict.DEPENDENT:
+            return "rows_depend_on_batch"
+        return "random_numbers" if self._verdicts.is_random(namespace) else None
+
+    def _namespace_of(self, look: Look, signature: bytes) -> bytes:
+        """Name the state and the form of a call: whether rows depend on their batch is a matter of both.
+
+        Unchecked rows are kept apart, so that check_rows=False starts afresh where rows were found to depend.
+        """
+        return digest_parts([look.namespace, signature, b"checked" if self.options.check_rows else b"unchecked"])
 
     def _look_up(self, call: _Call) -> tuple[list[Found], list[int]]:
         """Ask memory, the write queue and the disk in turn; what the disk gives goes to memory too."""
@@ -378,7 +387,7 @@ class Cache:
         found = [part for item in found if (part := _without(item, again)) is not None]
         if len(missing) > len(first):
             computed = _spread(computed, call.digests, sorted({*missing, *again}))[0]
-        if len({item.layout for item in (*found, *computed)}) > 1:
+        if not _stack([*found, *computed]):
             return self._go_around("rows_do_not_stack", call)
         try:
             return self._assemble([*found, *computed], call.batch)
@@ -388,16 +397,19 @@ class Cache:
 
     def _wait(self, joined: Mapping[int, Flight], call: _Call) -> tuple[list[Found], list[int]]:
         """Take rows from the flights that compute them; also return the positions of those that did not come."""
+        by_flight: dict[int, tuple[Flight, list[int]]] = {}
+        for position, flight in joined.items():
+            by_flight.setdefault(id(flight), (flight, []))[1].append(position)
         landed: list[Found] = []
         missing: list[int] = []
-        for position, flight in joined.items():
+        for flight, positions in by_flight.values():
             rows = flight.wait()
-            if rows is None or call.digests[position] not in rows.digests:
-                missing.append(position)
-            else:
-                row = rows.digests.index(call.digests[position])
-                landed.append(Found([position], rows.layout, rows.data[row : row + 1].copy()))
-        self._counters.add(shared_rows=len(landed))
+            places = {} if rows is None else {digest: i for i, digest in enumerate(rows.digests)}
+            here = [p for p in positions if call.digests[p] in places]
+            missing += [p for p in positions if call.digests[p] not in places]
+            if rows is not None and here:
+                landed.append(Found(here, rows.layout, rows.data[[places[call.digests[p]] for p in here]]))
+        self._counters.add(shared_rows=len(joined) - len(missing))
         return landed, missing
 
     def _forward_rows(
@@ -419,6 +431,8 @@ class Cache:
         is_as_given = len(positions) == call.batch.n == n and witness is None
         args, kwargs = call.args, call.kwargs
         random_before = _random_state()
+        failure: Exception | None = None
+        output: object = None
         try:
             if not is_as_given:
                 args, kwargs = call.batch.select(positions, None if witness is None else witness.row)
@@ -427,7 +441,9 @@ class Cache:
         except Exception as error:
             if is_as_given:
                 raise
-            return self._answer_whole(call, error)
+            failure = error
+        if failure is not None:
+            return self._without_extras(call, own, doubted, found, failure)
         tree = flatten(output)
         kind = unsupported_leaf(tree)
         if kind is not None:
@@ -440,27 +456,31 @@ class Cache:
         except UncacheableError as error:
             if is_as_given:
                 raise
-            return self._answer_whole(call, error)
+            return self._without_extras(call, own, doubted, found, error)
         self._devices = devices_of(tree)
         is_random = _random_state() != random_before
+        self._verdicts.note_draw(call.namespace, moved=is_random)
         if is_random:
-            self._note_random(call.namespace)
+            self._note_bypass("random_numbers", 0)
         is_settled = not is_random and not self._identity.has_moved()
         tensors = [*call.batch.tensors, *self._identity.parameters(), *tree.leaves]
         if witness is not None and is_settled and not self._agrees(call, witness, layout, data, tensors):
             return _Answer(self._go_around("rows_depend_on_batch", call))
         self._counters.add(misses=n)
         self._note_overflow(overflowed)
-        found_again = [Found([p], layout, data[n + i : n + i + 1]) for i, p in enumerate(doubted)]
-        if is_settled:
-            self._verify(call, found_again, found, data, tensors)
+        found_again: list[Found] = []
+        if is_settled and doubted:
+            again = [Found([p], layout, data[n + i : n + i + 1]) for i, p in enumerate(doubted)]
+            found_again = self._verify(call, again, found, data, tensors)
         rows = Rows([call.digests[p] for p in own], layout, data[:n])
         reason = self._reason_to_drop(call, rows, len(data), is_random=is_random, is_settled=is_settled)
         if reason:
             self._counters.add_to("dropped_rows", reason, n)
         elif own:
             self._keep(call, rows)
-            self._leave_witness(call, own[0], rows)
+        if own and is_settled:
+            # Also where a plain value may be the batch size: one row more settles that.
+            self._leave_witness(call, own, rows)
         whole = _Answer(rounded(tree, self.options.cache_dtype)) if is_as_given else None
         # What is kept is the queue's and other threads' as well; the caller gets bytes of its own.
         mine = data[:n] if reason or whole is not None else data[:n].copy()
@@ -473,18 +493,32 @@ class Cache:
         self._note_bypass(reason, call.batch.n)
         return _Answer(output)
 
-    def _answer_whole(self, call: _Call, error: Exception) -> _Answer:
+    def _without_extras(
+        self, call: _Call, own: list[int], doubted: list[int], found: Sequence[Found], failure: Exception
+    ) -> _Computed | _Answer:
+        """Go on after another composition of the call's rows failed."""
+        if doubted:  # an audit costs nobody a result
+            self._note_fault("verify_hits", f"hits could not be computed again ({failure!r})")
+            return self._forward_rows(call, own, [], found) if own else _Computed([], None, None)
+        return self._answer_whole(call, failure)
+
+    def _answer_whole(self, call: _Call, failure: Exception) -> _Answer:
         """Compute the call as the caller made it, after another composition of its rows failed.
 
-        If that succeeds, the module cannot be given any rows together, as caching by samples would need to.
+        If that succeeds, the module may be one that cannot be given any rows together, as caching by samples
+        needs. It may also have been a passing fault, so nothing is concluded where rows were found to be their
+        own before.
         """
         result = call.function(*call.args, **call.kwargs)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        if _is_out_of_memory(failure):
             self._verdicts.note(call.namespace, None)  # one row more did not fit: not to be tried again
             return self._give_back("out_of_memory", call, result)
         if call.batch.n == 1:
-            self._verdicts.note(call.namespace, None)
+            self._verdicts.note_single(call.namespace)
             return self._give_back("one_sample_at_a_time", call, result)
+        if self._verdicts.of(call.namespace) is Verdict.INDEPENDENT:
+            self._note_fault("other_batch_failed", f"a call failed with some of its rows, not with all ({failure!r})")
+            return self._give_back("other_batch_failed", call, result)
         self._condemn(call)
         return self._give_back("rows_depend_on_batch", call, result)
 
@@ -508,42 +542,44 @@ class Cache:
                 return "plain_value_may_be_batch_size"
         return None
 
-    def _note_random(self, namespace: bytes) -> None:
-        if len(self._random_namespaces) < _MOST_RANDOM:
-            self._random_namespaces.add(namespace)
-        self._note_bypass("random_numbers", 0)
-
     # -- rows that are cached and computed all the same -------------------------------------------------------------
 
     def _find_witness(self, call: _Call, found: Sequence[Found]) -> Witness | None:
         """Return a cached row with which this batch can be checked, if it is still to be checked."""
         if self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
             return None
-        witness = self._verdicts.witness(call.namespace, call.signature)
-        if witness is not None:
-            return witness if witness.marks == self._identity.marks() else None
+        if call.batch.n == 1 and self._verdicts.is_single(call.namespace):
+            return None
+        witness = self._verdicts.witness(call.namespace)
+        if witness is not None and witness.marks == self._identity.marks():
+            return witness
         if found and not self.options.persistent_module_hash:
             item = found[0]
             return Witness(None, Found(item.positions[:1], item.layout, item.data[:1]))
         return None
 
-    def _leave_witness(self, call: _Call, position: int, rows: Rows) -> None:
+    def _leave_witness(self, call: _Call, own: list[int], rows: Rows) -> None:
         if not self.options.check_rows or self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
             return
-        if self._verdicts.witness(call.namespace, call.signature) is None:
-            cached = Found([position], rows.layout, rows.data[:1].copy())
-            witness = Witness(call.batch.row(position), cached, self._identity.marks())
-            self._verdicts.leave(call.namespace, call.signature, witness)
+        witness, marks = self._verdicts.witness(call.namespace), self._identity.marks()
+        if witness is None or witness.marks != marks:
+            row = largest_row(rows.data, rows.layout, self._known)
+            cached = Found([own[row]], rows.layout, rows.data[row : row + 1].copy())
+            self._verdicts.leave(call.namespace, Witness(call.batch.row(own[row]), cached, marks))
 
     def _agrees(
         self, call: _Call, witness: Witness, layout: Layout, data: Bytes2D, tensors: Sequence[torch.Tensor]
     ) -> bool:
         """Compare the witness, which is the last row of ``data``, and remember the verdict."""
         allowed = tolerance(tensors, self.options.cache_dtype)
-        if row_distance(witness.cached, layout, data[-1:], data, self._known) > allowed:
+        apart = row_distance(witness.cached, layout, data[-1:], data, self._known)
+        if apart is not None and apart > allowed:
             self._condemn(call)
             return False
-        self._judge(call, Verdict.INDEPENDENT)
+        if apart is None:
+            self._verdicts.note_vacuous(call.namespace)  # another batch may tell
+        else:
+            self._judge(call, Verdict.INDEPENDENT)
         return True
 
     def _condemn(self, call: _Call) -> None:
@@ -566,10 +602,9 @@ class Cache:
         found: Sequence[Found],
         data: Bytes2D,
         tensors: Sequence[torch.Tensor],
-    ) -> None:
-        """Compare hits with what they were computed again; what differs is said, counted, and replaced."""
-        if not again:
-            return
+    ) -> list[Found]:
+        """Compare hits with what they were computed again; what differs is said, counted, replaced, and returned."""
+        differ: list[Found] = []
         allowed = tolerance(tensors, self.options.cache_dtype)
         cached = {
             p: Found([p], item.layout, item.data[i : i + 1]) for item in found for i, p in enumerate(item.positions)
@@ -578,7 +613,7 @@ class Cache:
         for item in again:
             (position,) = item.positions
             apart = row_distance(cached[position], item.layout, item.data, data, self._known)
-            if apart <= allowed:
+            if apart is None or apart <= allowed:
                 continue
             digest = call.digests[position]
             self._counters.add(mismatched_rows=1)
@@ -593,6 +628,8 @@ class Cache:
                 writer.forget(call.store, call.namespace, [digest])
                 self._do(call.store, partial(call.store.delete_many, call.namespace, [digest]))
             self._keep(call, Rows([digest], item.layout, item.data.copy()))
+            differ.append(item)
+        return differ
 
     def _assemble(self, found: Sequence[Found], batch: Batch) -> object:
         layout = found[0].layout
@@ -604,7 +641,7 @@ class Cache:
         else:
             data = empty_rows(batch.n, layout.nbytes)
             for item in found:
-                data[item.positions] = item.data if isinstance(item.data, np.ndarray) else item.data.cpu().numpy()
+                data[item.positions] = reform(item.layout, item.data, layout)
         return put_together(layout, data, devices, self._known)
 
     def _guess_device(self, batch: Batch) -> torch.device:
@@ -693,17 +730,21 @@ class Cache:
         if self._target.is_method and isinstance(function, FunctionType):
             function = function.__get__(module)
         batch = self._signature_of(function).split(args, kwargs)
-        look = self._look()
-        reason = batch.bypass_reason() or look.reason or self._grad_reason()
-        parts = [*self._identity.describe(), *((name, digest_parts([value])) for name, value in batch.shared_parts())]
-        digests = [] if batch.bypass_reason() else batch.digests(batch.signature())
+        identity = self._identity.apart()
+        look = identity.look()
+        reason = "disabled" if is_disabled() else batch.bypass_reason() or look.reason or self._grad_reason()
+        parts = [*identity.describe(), *((name, digest_parts([value])) for name, value in batch.shared_parts())]
+        signature = batch.signature()
+        namespace = self._namespace_of(look, signature)
+        reason = reason or self._verdict_against(namespace)
+        digests = [] if batch.bypass_reason() else batch.digests(signature)
         places = ["nowhere"] * len(digests)
         if reason is None and digests:
-            places = self._places(look, digests)
+            places = self._places(look, namespace, digests)
         explanation = Explanation(
             target=self._target.name,
             module_hash=look.module_hash,
-            namespace=look.namespace.hex(),
+            namespace=namespace.hex(),
             bypass_reason=reason,
             parts={name: digest.hex() for name, digest in parts},
             samples=tuple(
@@ -714,17 +755,21 @@ class Cache:
         print(explanation)  # noqa: T201 - that is what was asked for
         return explanation
 
-    def _places(self, look: Look, digests: Sequence[bytes]) -> list[str]:
+    def _places(self, look: Look, namespace: bytes, digests: Sequence[bytes]) -> list[str]:
         """Say of each sample which tier has it."""
         store = self._open(look)
         places = ["nowhere"] * len(digests)
         if store is not None:
-            missing = set(store.get_many(look.namespace, digests).missing)
+            try:
+                missing = set(store.get_many(namespace, digests).missing)
+            except StoreError as error:
+                self.on_fault(error, 0)
+                missing = set(range(len(digests)))
             places = ["nowhere" if i in missing else "store" for i in range(len(digests))]
-            queued = writer.has_many(store, look.namespace, digests)
+            queued = writer.has_many(store, namespace, digests)
             places = ["queue" if here else place for here, place in zip(queued, places, strict=True)]
         if self._memory is not None:
-            kept = self._memory.has_many(look.namespace, digests)
+            kept = self._memory.has_many(namespace, digests)
             places = ["memory" if here else place for here, place in zip(kept, places, strict=True)]
         return places
 
@@ -747,6 +792,7 @@ class Cache:
         What another process has in memory stays there.
         """
         self.flush()
+        self._verdicts.clear()
         if self._memory is not None:
             self._memory.clear()
         for store in self._open_stores():
@@ -762,7 +808,7 @@ class Cache:
         or NumPy; everything else is noticed.
         """
         self._identity.refresh()
-        self._random_namespaces.clear()
+        self._verdicts.clear()
 
     def close(self) -> None:
         """Flush, and give up memory and disk handle; the next cached call opens both again."""
@@ -903,6 +949,19 @@ def _spread(
         Found(where, item.layout, item.data[rows]) for item, (where, rows) in zip(found, takers, strict=True) if where
     ]
     return spread, missing
+
+
+def _stack(found: Sequence[Found]) -> bool:
+    """Tell whether all rows go into one result."""
+    return all(are_alike(item.layout, found[0].layout) for item in found[1:])
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out; on the CPU and in libraries, torch says so with a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("alloc" in text or "out of memory" in text)
 
 
 def _without(item: Found, positions: set[int]) -> Found | None:

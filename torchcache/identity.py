@@ -108,6 +108,12 @@ class Identity:
             self._say("hooks", "hooks on inner modules run when a sample is computed, and do not run on hits")
         return look
 
+    def apart(self) -> Identity:
+        """Return the same as another object, which may be asked without this one remembering it."""
+        twin = Identity(self._target, self._options)
+        twin._own_name = self._own_name
+        return twin
+
     def has_moved(self) -> bool:
         """Tell whether code or state differ from what the last look saw."""
         with self._lock:

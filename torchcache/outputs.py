@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from torchcache.layout import (
     CHANNELS_LAST,
     CHANNELS_LAST_3D,
     CONTIGUOUS,
+    DTYPE_SIZES,
     MAX_LEAVES,
     Bytes2D,
     Layout,
@@ -134,6 +136,42 @@ def is_known(layout: Layout, known: KnownClasses) -> bool:
     node = known.decode(layout.structure, lambda: _stand_ins(layout))
     # Counted here too: what is remembered was tried with the leaves of another layout.
     return node is not None and node.n_leaves == len(layout.leaves) and known.is_certain(node)
+
+
+def are_alike(one: Layout, other: Layout) -> bool:
+    """Tell whether rows of two layouts go into one result: they may differ in their memory formats."""
+    return one == other or (one.structure == other.structure and _formless(one) == _formless(other))
+
+
+def _formless(layout: Layout) -> list[Leaf]:
+    return [replace(leaf, memory_format=CONTIGUOUS) for leaf in layout.leaves]
+
+
+def reform(layout: Layout, data: Bytes2D | torch.Tensor, wanted: Layout) -> Bytes2D:
+    """Return rows in the memory formats of a layout that is alike."""
+    rows: Bytes2D = data if isinstance(data, np.ndarray) else data.cpu().numpy()
+    if layout == wanted:
+        return rows
+    parts, end = [], 0
+    for leaf, target in zip(layout.leaves, wanted.leaves, strict=True):
+        start, end = end, end + leaf.nbytes
+        part = np.ascontiguousarray(rows[:, start:end])
+        if leaf.memory_format != target.memory_format and part.size:
+            part = _in_format(part, leaf, target.memory_format)
+        parts.append(part)
+    return np.ascontiguousarray(np.concatenate(parts, axis=1))
+
+
+def _in_format(part: Bytes2D, leaf: Leaf, memory_format: int) -> Bytes2D:
+    """Return a leaf's rows with their bytes in the order of another memory format."""
+    shape = (len(part), *leaf.shape)
+    size = DTYPE_SIZES[leaf.dtype]
+    _, _, order, back = _FORMATS.get(leaf.memory_format, (0, None, (), ()))
+    stored = part.reshape(*(shape[i] for i in order), size) if order else part.reshape(*shape, size)
+    plain = stored.transpose(*back, len(shape)) if back else stored
+    _, _, wanted, _ = _FORMATS.get(memory_format, (0, None, (), ()))
+    turned = plain.transpose(*wanted, len(shape)) if wanted else plain
+    return np.ascontiguousarray(turned).reshape(len(part), -1)
 
 
 def plain_numbers(layout: Layout, known: KnownClasses) -> frozenset[int]:

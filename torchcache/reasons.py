@@ -17,8 +17,9 @@ REMEDIES = {
     "rows_depend_on_batch": "a row that was computed with another batch came back different, so results depend on "
     "the batch and cannot be cached sample by sample; make dimension 0 of every tensor the batch, cache a part of "
     "the model that treats each row alone, or set check_rows=False if the difference is meant",
+    "other_batch_failed": "the call failed with some of its rows and succeeded with all of them; it is tried again",
     "one_sample_at_a_time": "the module takes one sample at a time only; it is cached from now on",
-    "random_numbers": "the call consumed random numbers, so its result is not a function of its input",
+    "random_numbers": "random numbers were drawn while the call ran, so its result may not be a function of its input",
     "state_changes_at_every_call": "weights or plain attributes change at every call; it is cached again when they "
     "stand still",
     "rows_do_not_stack": "the rows of one batch have results of different shapes or plain values",

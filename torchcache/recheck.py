@@ -12,7 +12,7 @@ import torch
 
 from torchcache.errors import CorruptRecordError
 from torchcache.layout import Bytes2D, Found, Layout
-from torchcache.outputs import flatten, put_together
+from torchcache.outputs import are_alike, flatten, put_together
 from torchcache.process import ForkLock
 from torchcache.storage.contract import Verdict
 from torchcache.structure import KnownClasses
@@ -21,13 +21,20 @@ from torchcache.structure import KnownClasses
 _MOST_NAMESPACES = 4096
 _MOST_WITNESSES = 16
 
+#: So many comparisons may prove nothing, of rows of zeros for example, before the check is given up.
+_VACUOUS_CHECKS = 3
+
+#: A namespace whose computed calls moved a global generator so many times in a row is not cached for so many calls.
+_RANDOM_CALLS = 3
+_CALLS_UNTIL_TRIED = 64
+
 #: How far two computations of one row may be apart, as a share of its norm, by the coarsest dtype at work: kernels
 #: add in another order when the batch has another size, and a deep net amplifies that. A row that depends on
 #: its batch is usually further off by far.
 _TOLERANCES = {torch.bfloat16: 0.1, torch.float16: 0.05}
 _FLOAT8_TOLERANCE = 0.3
 _ACCELERATOR_TOLERANCE = 0.05  # where float32 may be computed with 10 bits
-_TOLERANCE = 0.01
+_TOLERANCE = 0.001
 _REDUCED_PRECISION_TOLERANCE = 0.1
 
 #: So much of an integer row may differ, and of a floating one be finite on one side only: near ties flip.
@@ -65,7 +72,10 @@ class Verdicts:
         self._lock = ForkLock()
         # Guarded by _lock:
         self._verdicts: OrderedDict[bytes, Verdict | None] = OrderedDict()  # None: it cannot be found out
-        self._witnesses: OrderedDict[bytes, Witness] = OrderedDict()  # by namespace + signature
+        self._witnesses: OrderedDict[bytes, Witness] = OrderedDict()
+        self._singles: OrderedDict[bytes, None] = OrderedDict()  # namespaces that refused a batch of two
+        self._vacuous: OrderedDict[bytes, int] = OrderedDict()  # comparisons that proved nothing
+        self._draws: OrderedDict[bytes, int] = OrderedDict()  # computed calls in a row that moved a generator
 
     def of(self, namespace: bytes) -> Verdict | None:
         """Return the verdict; None if it could not be found out and is not to be tried again."""
@@ -79,20 +89,74 @@ class Verdicts:
                 self._verdicts[namespace] = verdict
             while len(self._verdicts) > _MOST_NAMESPACES:
                 self._verdicts.popitem(last=False)
-            for key in [key for key in self._witnesses if key.startswith(namespace)]:
-                del self._witnesses[key]
+            self._witnesses.pop(namespace, None)
 
-    def witness(self, namespace: bytes, signature: bytes) -> Witness | None:
-        """Return the witness that an earlier batch of the same signature left."""
-        with self._lock:
-            return self._witnesses.get(namespace + signature)
+    def note_draw(self, namespace: bytes, *, moved: bool) -> None:
+        """Remember whether a global generator moved during a computed call.
 
-    def leave(self, namespace: bytes, signature: bytes, witness: Witness) -> None:
-        """Leave a witness, unless there is one."""
+        It may have been another thread that drew, so one such call says little and three in a row a lot.
+        """
         with self._lock:
-            self._witnesses.setdefault(namespace + signature, witness)
+            if not moved:
+                self._draws.pop(namespace, None)
+                return
+            self._draws[namespace] = self._draws.get(namespace, 0) + 1
+            if len(self._draws) > _MOST_NAMESPACES:
+                self._draws.popitem(last=False)
+
+    def is_random(self, namespace: bytes) -> bool:
+        """Tell whether calls are known to draw random numbers; now and then one is tried again."""
+        with self._lock:
+            count = self._draws.get(namespace, 0)
+            if count < _RANDOM_CALLS:
+                return False
+            if count >= _RANDOM_CALLS + _CALLS_UNTIL_TRIED:
+                self._draws[namespace] = _RANDOM_CALLS - 1
+                return False
+            self._draws[namespace] = count + 1
+            return True
+
+    def note_vacuous(self, namespace: bytes) -> None:
+        """Remember that a comparison proved nothing; after some of these there will be no verdict."""
+        with self._lock:
+            count = self._vacuous[namespace] = self._vacuous.get(namespace, 0) + 1
+            if len(self._vacuous) > _MOST_NAMESPACES:
+                self._vacuous.popitem(last=False)
+        if count >= _VACUOUS_CHECKS:
+            self.note(namespace, None)
+
+    def note_single(self, namespace: bytes) -> None:
+        """Remember that a batch of two was refused: batches of one are not to be extended again."""
+        with self._lock:
+            self._singles[namespace] = None
+            if len(self._singles) > _MOST_NAMESPACES:
+                self._singles.popitem(last=False)
+
+    def is_single(self, namespace: bytes) -> bool:
+        """Tell whether a batch of two was refused."""
+        with self._lock:
+            return namespace in self._singles
+
+    def witness(self, namespace: bytes) -> Witness | None:
+        """Return the witness that an earlier batch left."""
+        with self._lock:
+            return self._witnesses.get(namespace)
+
+    def leave(self, namespace: bytes, witness: Witness) -> None:
+        """Leave a witness in place of any other."""
+        with self._lock:
+            self._witnesses[namespace] = witness
             if len(self._witnesses) > _MOST_WITNESSES:
                 self._witnesses.popitem(last=False)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._verdicts.clear()
+            self._witnesses.clear()
+            self._singles.clear()
+            self._draws.clear()
+            self._vacuous.clear()
 
 
 def tolerance(tensors: Iterable[torch.Tensor], cache_dtype: torch.dtype | None) -> float:
@@ -120,7 +184,19 @@ def tolerance(tensors: Iterable[torch.Tensor], cache_dtype: torch.dtype | None) 
     return widest
 
 
-def row_distance(cached: Found, layout: Layout, row: Bytes2D, batch: Bytes2D, known: KnownClasses) -> float:
+def largest_row(rows: Bytes2D, layout: Layout, known: KnownClasses) -> int:
+    """Return which of the first rows has the largest norm: one of zeros would prove nothing."""
+    cpu = [torch.device("cpu")] * len(layout.leaves)
+    some = rows[:_FLOOR_ROWS]
+    try:
+        leaves = flatten(put_together(layout, some.copy(), cpu, known)).leaves
+    except CorruptRecordError:
+        return 0
+    norms = sum(_numbers(leaf).reshape(len(some), -1).nan_to_num(0.0, 0.0, 0.0).norm(dim=1) for leaf in leaves)
+    return int(torch.as_tensor(norms).argmax())
+
+
+def row_distance(cached: Found, layout: Layout, row: Bytes2D, batch: Bytes2D, known: KnownClasses) -> float | None:
     """Return how far two values of one row are apart, as a share of their norm.
 
     Args:
@@ -131,29 +207,34 @@ def row_distance(cached: Found, layout: Layout, row: Bytes2D, batch: Bytes2D, kn
         known: What classes the values may have.
 
     Returns:
-        The largest share over the leaves; infinity where the form differs.
+        The largest share over the leaves; infinity where the form differs; None where nothing can be said: all
+        numbers are zero, or none is finite.
     """
-    if cached.layout != layout:
+    if not are_alike(cached.layout, layout):
         return math.inf
     cpu = [torch.device("cpu")] * len(layout.leaves)
     stored = cached.data if isinstance(cached.data, np.ndarray) else cached.data.cpu().numpy()
     try:
         a, b, rows = (
-            flatten(put_together(layout, data.copy(), cpu, known)).leaves for data in (stored, row, batch[:_FLOOR_ROWS])
+            flatten(put_together(form, data.copy(), cpu, known)).leaves
+            for form, data in ((cached.layout, stored), (layout, row), (layout, batch[:_FLOOR_ROWS]))
         )
     except CorruptRecordError:
-        return 0.0  # the call itself will say so
-    return max((_leaf_distance(*leaves) for leaves in zip(a, b, rows, strict=True)), default=0.0)
+        return None  # the call itself will say so
+    distances = [_leaf_distance(*leaves) for leaves in zip(a, b, rows, strict=True)]
+    return max((distance for distance in distances if distance is not None), default=None)
 
 
-def _leaf_distance(cached: torch.Tensor, computed: torch.Tensor, batch: torch.Tensor) -> float:
+def _leaf_distance(cached: torch.Tensor, computed: torch.Tensor, batch: torch.Tensor) -> float | None:
     """Return the norm of the difference of two rows over that of the larger one.
 
-    It is 0 for integers of which next to none differ, and infinity where too many numbers are finite on one
-    side only.
+    It is 0 for integers of which next to none differ, infinity where too many numbers are finite on one side
+    only, and None where there is nothing to compare.
     """
+    if not cached.numel():
+        return None
     is_exact = not (cached.is_floating_point() or cached.is_complex())
-    if not cached.numel() or (is_exact and float((cached != computed).double().mean()) <= _FLIPPED_SHARE):
+    if is_exact and float((cached != computed).double().mean()) <= _FLIPPED_SHARE:
         return 0.0
     a, b = _numbers(cached), _numbers(computed)
     one_sided = (a.isfinite() != b.isfinite()) | (a.isnan() != b.isnan())
@@ -163,7 +244,7 @@ def _leaf_distance(cached: torch.Tensor, computed: torch.Tensor, batch: torch.Te
     a, b = a[both], b[both]
     rows = _numbers(batch).reshape(len(batch), -1).nan_to_num(0.0, 0.0, 0.0)
     scale = max(float(a.norm()), float(b.norm()), _FLOOR_SHARE * float(rows.norm(dim=1).median()))
-    return float((a - b).norm()) / scale if scale else 0.0
+    return float((a - b).norm()) / scale if scale else None
 
 
 def _numbers(tensor: torch.Tensor) -> torch.Tensor:

@@ -193,6 +193,14 @@ def test_constants_count_by_type_and_sign():
     assert len({constant(value) for value in values}) == len(values)
 
 
+def test_the_names_of_keyword_arguments_of_a_call_count():
+    def calling(arguments):
+        return fingerprint(f"def target(g, x):\n    return g(x, {arguments})", "target")
+
+    texts = ["a=2, b=3", "b=2, a=3", "b=3, a=2", "min=0.5", "max=0.5"]
+    assert len({calling(text) for text in texts}) == len(texts)
+
+
 def test_sets_of_constants_have_no_order():
     a = fingerprint("def target(x):\n    return x in {'a', 'b', 'c', 'd'}", "target")
     assert a == fingerprint("def target(x):\n    return x in {'d', 'c', 'b', 'a'}", "target")

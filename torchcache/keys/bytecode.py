@@ -67,7 +67,8 @@ def fingerprint_code(code: types.CodeType) -> bytes:
     for instruction in kept:
         parts.append(instruction.opname.encode())
         if instruction.opcode in _HAS_CONSTANT:
-            parts.append(constant(instruction.argval))
+            # dis does not resolve the names of keyword arguments of Python 3.11.
+            parts.append(constant(code.co_consts[instruction.arg or 0]))
         elif instruction.opcode in _JUMPS:
             parts.append(str(numbers[instruction.argval]).encode())
         elif isinstance(instruction.argval, str):
