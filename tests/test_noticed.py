@@ -335,6 +335,130 @@ def test_a_variable_that_a_function_counts_with_and_uses_is_state():
         assert torch.equal(function(X), X * i)
 
 
+#: Modules whose results depend on what they did before, each in another way of writing it.
+REMEMBERING = {
+    "the last batch": "out = x - self.prev; self.prev = float(x.sum()) + 1; return out",
+    "a state of a cell": "out = x + self.state; self.state = out.mean(0); return out",
+    "a mean by a function": "self.mean = torch.lerp(self.mean, x.sum(), 0.1); return x - self.mean",
+    "a switch": "self.flip = not self.flip; return x if self.flip else -x",
+    "the length of a list": "self.history.append(1); return x * len(self.history)",
+    "an item of a dict": "self.counts['n'] += 1; return x * self.counts['n']",
+    "an attribute of an object": "self.inner.n += 1; return x * self.inner.n",
+    "an item of a global": "N[0] += 1; return x * N[0]",
+    "a maximum": "self.top = max(self.top, 0) + 1; return x * self.top",
+    "what a method returns": "return x * self.inner.update(1)",
+}
+
+
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_what_depends_on_earlier_calls_is_never_answered_from_the_cache(name):
+    text = f"""
+N = [0]
+
+class Inner:
+    def __init__(self):
+        self.n = 0
+    def update(self, k):
+        self.n = max(self.n, 0) + k
+        return self.n
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.prev, self.flip, self.history, self.counts, self.top = 0.0, False, [], {{"n": 0}}, 0
+        self.state, self.mean, self.inner = torch.zeros(8), torch.zeros(()), Inner()
+    def forward(self, x):
+        {REMEMBERING[name]}
+"""
+    plain, module = program(text)["Net"](), torchcache(check_rows=False)(program(text)["Net"]())
+    for _ in range(6):
+        assert torch.allclose(module(X), plain(X))
+
+
+#: State that code sets only sometimes, and that a user sets as well.
+SOMETIMES = {
+    "only in training": ("if self.training: self.code = torch.lerp(self.code, x.mean(0), 0.1)", "code", 4.0),
+    "if there is none": ("if self.code is None: self.code = torch.ones(8)", "code", 5.0),
+    "for wide inputs": ("if x.shape[1] > 100: self.code = torch.ones(8)", "code", 3.0),
+}
+
+
+@pytest.mark.parametrize("name", SOMETIMES)
+def test_what_code_sets_only_sometimes_counts(name):
+    statement, attribute, value = SOMETIMES[name]
+    text = f"""
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.code = torch.ones(8)
+    def forward(self, x):
+        {statement}
+        return x * self.code
+"""
+    module = torchcache()(program(text)["Net"]().eval())
+    check(module, lambda: setattr(module, attribute, torch.full((8,), value)))
+
+
+def test_an_attribute_of_the_same_name_in_another_class_hides_nothing():
+    text = """
+class Inner(nn.Module):
+    def forward(self, x):
+        self.scale = 1.0
+        return x
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.scale = Inner(), 1.0
+    def forward(self, x):
+        return self.inner(x) * self.scale
+"""
+    module = torchcache()(program(text)["Net"]())
+    check(module, lambda: setattr(module, "scale", 2.0))
+
+
+@pytest.mark.parametrize("method", ["add", "update", "remove", "write"])
+def test_a_method_that_is_called_like_one_of_a_container_hides_nothing(method):
+    text = f"""
+class Ops:
+    def __init__(self, k):
+        self.k = k
+    def {method}(self, x):
+        return x + self.k
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ops = Ops(1)
+    def forward(self, x):
+        return self.ops.{method}(x)
+"""
+    module = torchcache()(program(text)["Net"]())
+    check(module, lambda: setattr(module.ops, "k", 5))
+
+
+@pytest.mark.parametrize("how", ["global", "lru_cache"])
+def test_a_model_that_is_built_at_the_first_call_counts_with_its_weights(how):
+    text = {
+        "global": """
+MODEL = None
+def get():
+    global MODEL
+    if MODEL is None:
+        MODEL = nn.Linear(8, 8).requires_grad_(False)
+    return MODEL
+""",
+        "lru_cache": """
+@functools.lru_cache
+def get():
+    return nn.Linear(8, 8).requires_grad_(False)
+""",
+    }[how]
+    names = program(text + "\n@torchcache()\ndef target(x):\n    return get()(x)\n")
+    names["target"](X)  # builds the model
+    check(names["target"], lambda: names["get"]().weight.mul_(3))
+
+
 # -- what cannot be named ----------
 
 

@@ -542,8 +542,10 @@ def test_where_a_module_lies_is_no_name():
 def test_attributes_of_a_function_are_names_unless_code_keeps_notes_in_them():
     text = "def helper(x):\n    return x\nhelper.scale = 3\n\ndef target(x):\n    return helper.scale"
     assert names_of(walk_code(run(text)["target"])) == {"helper.scale": 3}
-    counting = text.replace("return helper", "helper.calls = 1\n    return helper")
-    assert not walk_code(run(counting)["target"]).names
+    counting = text.replace("return helper", "helper.calls += 1\n    return helper") + "\nhelper.calls = 0\n"
+    assert names_of(walk_code(run(counting)["target"])) == {"helper.scale": 3}
+    using = counting.replace("helper.scale\n", "helper.scale * helper.calls\n")
+    assert names_of(walk_code(run(using)["target"])) == {"helper.scale": 3, "helper.calls": 0}
 
 
 # -- writes ----------

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import dis
 import inspect
+import math
 import types
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.places import DEFAULT, defaults_of
@@ -198,154 +200,236 @@ def all_codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 @dataclass(slots=True)
 class Writes:
-    """What a piece of code changes: by assignment (exact), and in place (by the form of the statement)."""
+    """What code changes itself, and whether it uses what it changed.
 
-    assigned_attributes: set[str] = field(default_factory=set)
-    assigned_names: set[str] = field(default_factory=set)
-    changed_attributes: set[str] = field(default_factory=set)
-    changed_names: set[str] = field(default_factory=set)
-    _updated: set[_Origin] = field(default_factory=set)  # assigned from what they were before
-    _reads: Counter[_Origin] = field(default_factory=Counter)  # but for those that the assignment itself makes
+    Attributes are told apart by the class whose method changes them; a name is that of a global or closure
+    variable. Reads are counted less those that a change itself makes: of ``self.calls += 1`` none is left, so a
+    value that is only counted, or only noted for others to see, has no reads and shapes no result.
+    """
 
-    def carries(self, kind: str, name: str) -> bool:
-        """Tell whether code makes a new value of an "attribute" or "name" from the old one, and uses it elsewhere.
+    _assigned: set[_Key] = field(default_factory=set)
+    _changed: set[_Key] = field(default_factory=set)
+    _reads: Counter[_Key] = field(default_factory=Counter)
 
-        A counter that is only counted shapes no result; one that is also read may.
+    def leave_out_attribute(self, cls: type, name: str, *, is_container: bool) -> bool:
+        """Tell whether an attribute of an object of ``cls`` is written by walked code and not used by any.
+
+        Args:
+            cls: The object's class.
+            name: The attribute.
+            is_container: Whether it is a built-in container, which a method or an item assignment changes.
         """
-        return (kind, name) in self._updated and self._reads[kind, name] > 0
+        keys = [(None, name), *((base, name) for base in cls.__mro__)]
+        if any(self._reads[key] > 0 for key in keys):
+            return False
+        return any(key in self._assigned or (is_container and key in self._changed) for key in keys)
 
-    def note_read(self, origin: _Origin) -> None:
-        """Note that what lies at ``origin`` is loaded."""
-        self._reads[origin] += 1
+    def leave_out_name(self, name: str, *, is_container: bool) -> bool:
+        """Tell whether a global or closure variable is written by walked code and not used by any."""
+        key = _NAMES, name
+        return self._reads[key] <= 0 and (key in self._assigned or (is_container and key in self._changed))
 
-    def note_assignment(self, target: _Origin, value: _Origin) -> None:
-        """Note that ``target`` is assigned what came from ``value``."""
-        if value == (_MADE_FROM + target[0], target[1]):
-            self._updated.add(target)
-            self._reads[target] -= 1
+    @property
+    def assigned_attributes(self) -> set[str]:
+        """Attributes of any class that are assigned."""
+        return {name for owner, name in self._assigned if owner is not _NAMES}
 
-    def note_change(self, origin: _Origin) -> None:
-        """Note that the object that came from ``origin`` is changed in place."""
-        kind, name = origin
-        if kind == "attribute":
-            self.changed_attributes.add(name)
-        elif kind == "name":
-            self.changed_names.add(name)
+    @property
+    def assigned_names(self) -> set[str]:
+        """Globals and closure variables that are assigned."""
+        return {name for owner, name in self._assigned if owner is _NAMES}
 
-    def note(self, function: types.FunctionType) -> None:
-        """Note what a function changes, by assignment or in place."""
+    @property
+    def changed_attributes(self) -> set[str]:
+        """Attributes of any class that are changed in place."""
+        return {name for owner, name in self._changed if owner is not _NAMES}
+
+    @property
+    def changed_names(self) -> set[str]:
+        """Globals and closure variables that are changed in place."""
+        return {name for owner, name in self._changed if owner is _NAMES}
+
+    def note(self, function: types.FunctionType, owner: type | None = None) -> None:
+        """Note what a function changes and reads.
+
+        Args:
+            function: The function.
+            owner: The class that it is a method of.
+        """
         code = function.__code__
-        origins: dict[str, _Origin] = {key.removesuffix(DEFAULT): ("name", key) for key, _ in defaults_of(function)}
-        if code.co_argcount and "." in function.__qualname__:
-            origins[code.co_varnames[0]] = ("self", "")
+        origins: dict[str, _Origin] = {key.removesuffix(DEFAULT): (_NAMES, key) for key, _ in defaults_of(function)}
+        if code.co_argcount and owner is not None:
+            origins[code.co_varnames[0]] = (owner, _SELF)
         for inner in all_codes(code):
             # A variable of an inner function is another one unless it is shared.
-            shared = {n: o for n, o in origins.items() if inner is code or n in inner.co_freevars or o[0] == "self"}
-            _note_writes_in(inner, shared, self)
+            shared = {n: o for n, o in origins.items() if inner is code or n in inner.co_freevars}
+            _Scan(inner, shared, self).run()
+
+    def note_read(self, key: _Key) -> None:
+        self._reads[key] += 1
+
+    def note_assignment(self, key: _Key, value: _Origin) -> None:
+        """Note that what lies at ``key`` is assigned what came from ``value``."""
+        self._assigned.add(key)
+        if value == (_MADE_FROM, key):
+            self._reads[key] -= 1
+
+    def note_change(self, key: _Key, *, reads: bool) -> None:
+        """Note a change in place, and whether it hands out what is there."""
+        self._changed.add(key)
+        if not reads:
+            self._reads[key] -= 1
 
 
-#: "self", "attribute" of self, "name" of a global or cell, the latter two with "made from " before them for what an
-#: operator made of one, or "" for anything else.
-_Origin = tuple[str, str]
-_UNKNOWN: _Origin = ("", "")
-_MADE_FROM = "made from "
+#: An attribute by the class whose method names it (None: of an object of any class), or a name.
+_Key = tuple[Any, str]
+_NAMES = "names"
+_SELF = ""
+_MADE_FROM = "made from"
+
+#: Where an object on the stack came from: a ``_Key``, (class, ``_SELF``) for the object itself, (``_MADE_FROM``, key)
+#: for what an operator made of it, or nothing known.
+_Origin = tuple[Any, Any]
+_UNKNOWN: _Origin = (None, None)
+
+#: Of these methods the result is used: they read what they change.
+_READING_MUTATORS = frozenset({"pop", "popleft", "popitem", "setdefault"})
 
 
-def _made_from(*operands: _Origin) -> _Origin:
-    """Return the origin of what an operator makes of its operands."""
-    for kind, name in operands:
-        if kind in ("attribute", "name"):
-            return _MADE_FROM + kind, name
-        if kind.startswith(_MADE_FROM):
-            return kind, name
-    return _UNKNOWN
+def _is_key(origin: _Origin) -> bool:
+    return origin is not _UNKNOWN and origin[0] is not _MADE_FROM and origin[1] != _SELF
 
 
-def _note_writes_in(code: types.CodeType, origins: Mapping[str, _Origin], writes: Writes) -> None:
-    """Note what one code object changes, following where the objects on the stack came from.
+class _Scan:
+    """One pass over one code object, following where the objects on the stack came from.
 
-    An object whose origin is not known is not noted: in doubt a value counts, which costs a miss.
-
-    Args:
-        code: The code object.
-        origins: Where the objects come from that certain parameters hold at the start.
-        writes: Where to note it.
+    In doubt a value counts as read, which costs a miss.
     """
-    stack: list[_Origin] = []
 
-    def pop(count: int) -> _Origin:
+    def __init__(self, code: types.CodeType, origins: Mapping[str, _Origin], writes: Writes) -> None:
+        self._code = code
+        self._origins = origins
+        self._writes = writes
+        self._stack: list[_Origin] = []
+        self._fresh: dict[_Key, float] = {}  # what was assigned before it is read, up to which offset
+        self._offset = 0
+        self._skips = [
+            (i.offset, i.argval) for i in dis.get_instructions(code) if i.opcode in _JUMPS and i.argval > i.offset
+        ]
+
+    def run(self) -> None:
+        """Go through all instructions."""
+        for instruction in dis.get_instructions(self._code):
+            self._offset = instruction.offset
+            self._note(instruction.opname, instruction.argval)
+            self._move(instruction)
+
+    def _pop(self, count: int) -> _Origin:
         last = _UNKNOWN
         for _ in range(count):
-            last = stack.pop() if stack else _UNKNOWN
+            last = self._stack.pop() if self._stack else _UNKNOWN
         return last
 
-    def peek(depth: int) -> _Origin:
-        return stack[-depth] if len(stack) >= depth else _UNKNOWN
+    def _peek(self, depth: int) -> _Origin:
+        return self._stack[-depth] if len(self._stack) >= depth else _UNKNOWN
 
-    for instruction in dis.get_instructions(code):
-        opname, argument, arg = instruction.opname, instruction.argval, instruction.arg
-        effect = dis.stack_effect(instruction.opcode, arg, jump=False)
+    def _read(self, key: _Key) -> None:
+        if self._offset >= self._fresh.get(key, -1):
+            self._writes.note_read(key)
+
+    def _assign(self, key: _Key, value: _Origin) -> None:
+        self._writes.note_assignment(key, value)
+        if value == (_MADE_FROM, key):
+            self._fresh.pop(key, None)
+            return
+        # An assignment that a jump may pass by says nothing of what comes after the jump's target.
+        self._fresh[key] = min((t for s, t in self._skips if s < self._offset < t), default=math.inf)
+
+    def _change(self, origin: _Origin, *, reads: bool = False) -> None:
+        if _is_key(origin):
+            self._writes.note_change(origin, reads=reads)
+
+    def _note(self, opname: str, argument: Any) -> None:  # noqa: ANN401 - whatever an instruction names
+        """Note what an instruction assigns or changes."""
         if opname in ("STORE_ATTR", "DELETE_ATTR"):
-            if peek(1)[0] == "self":
-                writes.assigned_attributes.add(argument)
-                writes.note_assignment(("attribute", argument), peek(2))
-            else:
-                writes.note_change(peek(1))
+            owner = self._peek(1)
+            is_self = owner is not _UNKNOWN and owner[1] == _SELF
+            self._assign((owner[0] if is_self else None, argument), self._peek(2))
         elif opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
-            opname in ("STORE_DEREF", "DELETE_DEREF") and argument in code.co_freevars
+            opname in ("STORE_DEREF", "DELETE_DEREF") and argument in self._code.co_freevars
         ):
-            writes.assigned_names.add(argument)
-            writes.note_assignment(("name", argument), peek(1))
+            self._assign((_NAMES, argument), self._peek(1))
         elif opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-            writes.note_change(peek(2))
+            self._change(self._peek(2))
         elif opname == "STORE_SLICE":
-            writes.note_change(peek(3))
+            self._change(self._peek(3))
 
+    def _move(self, instruction: dis.Instruction) -> None:
+        """Do to the stack what an instruction does, and note what it reads."""
+        opname, argument, arg = instruction.opname, instruction.argval, instruction.arg
+        stack = self._stack
+        effect = dis.stack_effect(instruction.opcode, arg, jump=False)
         if opname == "COPY":
-            stack.append(peek(arg or 1))
+            stack.append(self._peek(arg or 1))
         elif opname == "SWAP" and arg and len(stack) >= arg:
             stack[-1], stack[-arg] = stack[-arg], stack[-1]
         elif opname == "DUP_TOP":
-            stack.append(peek(1))
+            stack.append(self._peek(1))
         elif opname == "DUP_TOP_TWO":
-            stack += [peek(2), peek(1)]
+            stack += [self._peek(2), self._peek(1)]
         elif opname == "ROT_TWO" and len(stack) >= 2:
             stack[-2:] = [stack[-1], stack[-2]]
         elif opname == "ROT_THREE" and len(stack) >= 3:
             stack[-3:] = [stack[-1], stack[-3], stack[-2]]
         elif opname in _LOADS_ATTRIBUTE:
-            owner = pop(1)
+            owner = self._pop(1)
             if argument in _MUTATORS:
-                writes.note_change(owner)
-            origin = ("attribute", argument) if owner[0] == "self" else _UNKNOWN
-            writes.note_read(origin)
-            stack += [origin] * (1 + effect)
+                self._change(owner, reads=argument in _READING_MUTATORS)
+            key = (owner[0] if owner is not _UNKNOWN and owner[1] == _SELF else None, argument)
+            self._read(key)
+            stack += [key] * (1 + effect)
         elif opname in _LOADS_GLOBAL or opname in _LOADS_CELL:
             stack += [_UNKNOWN] * (effect - 1)
-            known = origins.get(argument) if opname in _LOADS_CELL else None
-            writes.note_read(("name", argument))
-            stack.append(known or ("name", argument))
+            known = self._origins.get(argument) if opname in _LOADS_CELL else None
+            self._read((_NAMES, argument))
+            stack.append(known or (_NAMES, argument))
         elif opname.startswith(("BINARY_", "INPLACE_")) and effect == -1 and "SUBSCR" not in opname:
-            right, left = pop(1), pop(1)
+            right, left = self._pop(1), self._pop(1)
             stack.append(_made_from(left, right))
         elif opname.startswith("LOAD_FAST"):  # from 3.13 on, one instruction may load two variables
             loaded = argument if isinstance(argument, tuple) else (argument,)
-            stack += [origins.get(name, _UNKNOWN) for name in loaded]
+            stack += [self._load(name) for name in loaded]
         elif opname == "STORE_FAST_LOAD_FAST":
-            pop(1)
-            stack.append(origins.get(argument[1], _UNKNOWN))
+            self._pop(1)
+            stack.append(self._load(argument[1]))
         elif opname.startswith(_PUSHES_NOTHING):
             if effect > 0:
                 stack += [_UNKNOWN] * effect
             else:
-                pop(-effect)
+                self._pop(-effect)
         elif effect > 0:
             stack += [_UNKNOWN] * effect
         else:
-            pop(1 - effect)
+            self._pop(1 - effect)
             stack.append(_UNKNOWN)
         if opname.startswith(("RETURN", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE")):
             stack.clear()
+
+    def _load(self, name: str) -> _Origin:
+        origin = self._origins.get(name, _UNKNOWN)
+        if _is_key(origin):  # a default that is kept between calls
+            self._read(origin)
+        return origin
+
+
+def _made_from(*operands: _Origin) -> _Origin:
+    """Return the origin of what an operator makes of its operands."""
+    for operand in operands:
+        if _is_key(operand):
+            return _MADE_FROM, operand
+        if operand[0] is _MADE_FROM:
+            return operand
+    return _UNKNOWN
 
 
 _PUSHES_NOTHING = (

@@ -44,7 +44,9 @@ from torchcache.keys.places import (
     DefaultsOf,
     ItemsOf,
     Name,
+    ResultsOf,
     defaults_of,
+    is_module,
     reference,
 )
 
@@ -75,6 +77,11 @@ _SKIPPED_GLOBALS = frozenset({
 
 #: Attributes of a function that say nothing about what it does.
 _SKIPPED_FUNCTION_ATTRIBUTES = frozenset({"cache_instance", "__torchcache_original__"})
+
+#: Methods that make an object and do not run when it is used.
+_BUILDERS = frozenset(
+    {"__init__", "__new__", "__post_init__", "__setstate__", "__getstate__", "__reduce__", "__repr__"}
+)
 
 _BUILTIN = (
     types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType,
@@ -133,15 +140,14 @@ def walk_code(
     target = unwrap(target)  # type: ignore[assignment] # of a function of ours, the user's
     walk = _Walk(home=_home_of(target))
     walk.visit(target, "target")
-    if not isinstance(target, type):
-        walk.note_writes_of_functions()
+    entries = {entry, *(() if isinstance(target, type) else walk.reached())}
     roots = {id(part): part for part in (target, *parts) if part is not target or isinstance(part, type)}
     for part in roots.values():
         if isinstance(part, type):
             walk.visit_class(part)
-            walk.note_writes_of_method(part, entry)
         else:
-            walk.visit_held(part)
+            entries |= walk.visit_held(part)
+    walk.note_writes(entries)
     return walk.result()
 
 
@@ -172,7 +178,7 @@ class _Walk:
         self._found = CodeWalk()
         self._watch = self._found._watch  # noqa: SLF001 - a walk is made here
         self._known_names: set[tuple[int, str]] = set()
-        self._function_names: list[tuple[str, Name]] = []  # of attributes of functions, with the functions' names
+        self._function_names: list[Name] = []  # of attributes of functions
         self._functions: dict[str, list[types.FunctionType]] = {}  # by the names they were reached by
         self._classes: list[type] = []
         self._is_weak = False  # what is visited belongs to somebody's state, and must not live for the walk
@@ -180,8 +186,11 @@ class _Walk:
 
     def result(self) -> CodeWalk:
         found = self._found
-        # A function that keeps notes on another one changes it, as one that writes into a global dictionary.
-        found.names += [name for owner, name in self._function_names if owner not in found.writes.changed_names]
+        # Notes that a function keeps on another one and does not use.
+        found.names += [
+            name for name in self._function_names
+            if not found.writes.leave_out_attribute(types.FunctionType, name.key, is_container=False)
+        ]  # fmt: skip
         found.classes = tuple(self._classes)
         found.fingerprint = digest_parts(part for label, digest in found.parts for part in (label.encode(), digest))
         found.parts = _told_apart(found.parts)
@@ -190,16 +199,17 @@ class _Walk:
 
     # -- visiting ---------------------------------------------------------------------------------------
 
-    def visit_held(self, value: object) -> None:
-        """Visit code that lies in a module's state, and hold nothing of it."""
+    def visit_held(self, value: object) -> set[str]:
+        """Visit code that lies in a module's state, and hold nothing of it; return the names of what was reached."""
         self._is_weak = True
-        known = {id(function) for functions in self._functions.values() for function in functions}
+        known = self.reached()
         self.visit(value, "part")
         self._is_weak = False
-        for functions in self._functions.values():
-            for function in functions:
-                if id(function) not in known:
-                    self._found.writes.note(function)
+        return self.reached() - known
+
+    def reached(self) -> set[str]:
+        """Return the names that functions were reached by so far."""
+        return set(self._functions)
 
     def visit(self, value: object, label: str) -> bool:
         """Visit ``value`` if it is code; return False if it is (also) a value of another kind."""
@@ -234,6 +244,8 @@ class _Walk:
         elif (text := _script_of(value)) is not None:
             self._say(f"script {label}", text)
         elif self._leads_to_own(value):
+            if isinstance(value, functools._lru_cache_wrapper):  # noqa: SLF001 - its type has no other name
+                self._found.names.append(Name(f"results of {label}", ResultsOf(value), "results"))
             self._visit_object(value, label)
         return False
 
@@ -349,7 +361,7 @@ class _Walk:
             if key not in _SKIPPED_FUNCTION_ATTRIBUTES:
                 name = Name(f"{label}.{key}", place, key, is_own)
                 if not self._visit_name(name, key, is_data=False) and not key.startswith("__"):
-                    self._function_names.append((label.rpartition(".")[2], name))
+                    self._function_names.append(name)
 
     def _visit_name(self, name: Name, label: str, *, is_data: bool = True) -> bool:
         """Visit what lies at a name now, and note it; return False if it is (also) data."""
@@ -497,28 +509,32 @@ class _Walk:
 
     # -- what the code changes itself -------------------------------------------------------------------
 
-    def note_writes_of_functions(self) -> None:
-        for functions in self._functions.values():
-            for function in functions:
-                self._found.writes.note(function)
+    def note_writes(self, entries: set[str]) -> None:
+        """Note the writes and reads of what runs from ``entries`` on, followed by name through all classes.
 
-    def note_writes_of_method(self, cls: type, entry: str) -> None:
-        """Note the writes of ``entry`` and of what it reaches by name through the class and its globals."""
-        waiting, known = [entry], {entry, "__init__", "__new__", "__setstate__"}
-        by_name: dict[str, list[types.FunctionType]] = {}
-        for base in cls.__mro__:
-            if self._is_own(origin_of_class(base)):
-                for name, attribute in vars(base).items():
-                    by_name.setdefault(name, []).extend(self._own_functions_in(attribute))
-        methods = {id(f) for functions in by_name.values() for f in functions}
+        What only builds an object is left aside, and methods that Python calls by itself are not.
+        """
+        by_name: dict[str, list[tuple[type | None, types.FunctionType]]] = {}
+        methods: set[int] = set()
+        for cls in self._classes:
+            for name, attribute in vars(cls).items():
+                for function in self._own_functions_in(attribute):
+                    by_name.setdefault(name, []).append((cls, function))
+                    methods.add(id(function))
         for label, functions in self._functions.items():
             for function in functions:
-                if id(function) not in methods:
+                for found in () if id(function) in methods else self._own_functions_in(function):
                     for name in {label, function.__name__}:
-                        by_name.setdefault(name, []).extend(self._own_functions_in(function))
+                        by_name.setdefault(name, []).append((None, found))
+        special = {name for name in by_name if name.startswith("__") and name not in _BUILDERS}
+        waiting, known = sorted({*entries, *special} - _BUILDERS), {*entries, *special, *_BUILDERS}
+        noted: set[tuple[type | None, int]] = set()
         while waiting:
-            for function in by_name.get(waiting.pop(), ()):
-                self._found.writes.note(function)
+            for owner, function in by_name.get(waiting.pop(), ()):
+                if (owner, id(function)) in noted:
+                    continue
+                noted.add((owner, id(function)))
+                self._found.writes.note(function, owner)
                 reads = reads_of(function.__code__)
                 reached = {*reads.attributes, *reads.names}
                 waiting.extend(reached - known)
@@ -587,11 +603,6 @@ _OPENED = frozenset({
     types.FunctionType, types.MethodType, staticmethod, classmethod, property, functools.partial,
     functools.partialmethod, functools.cached_property, functools.singledispatchmethod,
 })  # fmt: skip
-
-
-def is_module(value: object) -> bool:
-    """Tell whether a value is a torch module, without importing torch."""
-    return "_modules" in getattr(value, "__dict__", ()) and callable(getattr(type(value), "modules", None))
 
 
 def _is_ours(value: object) -> bool:

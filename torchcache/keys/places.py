@@ -5,6 +5,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import gc
 import types
 import weakref
 from collections.abc import Callable, Mapping
@@ -131,6 +132,31 @@ class AttributesOf:
                 except AttributeError:
                     return default
         return default
+
+
+class ResultsOf:
+    """The modules that a function behind ``functools.lru_cache`` has returned and keeps.
+
+    The same tuple is read as long as they are the same.
+    """
+
+    def __init__(self, cached: object) -> None:
+        self._cached = cached
+        self._results: tuple[object, ...] = ()
+
+    def get(self, key: str, default: object, /) -> object:  # noqa: ARG002 - there is one key
+        """Return them."""
+        held = gc.get_referents(self._cached)  # a bounded cache shows its results itself, another one its dict
+        held += [value for part in held if type(part) is dict for value in part.values()]
+        results = tuple([value for value in held if is_module(value)])
+        if [*map(id, results)] != [*map(id, self._results)]:
+            self._results = results
+        return self._results
+
+
+def is_module(value: object) -> bool:
+    """Tell whether a value is a torch module, without importing torch."""
+    return "_modules" in getattr(value, "__dict__", ()) and callable(getattr(type(value), "modules", None))
 
 
 def defaults_of(function: types.FunctionType) -> list[tuple[str, object]]:

@@ -13,7 +13,7 @@ import marshal
 import time
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import fields, is_dataclass
 from functools import lru_cache
@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from torchcache.keys.code import MISSING, CodeWalk, Name, Writes
+from torchcache.keys.code import MISSING, CodeWalk, Name
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.mode import ambient_reason, autocast_in_force, current_mode
 from torchcache.keys.values import (
@@ -358,7 +358,7 @@ class _Snapshot:
         self._walk = walk
         self._named = [] if walk is None else [
             name for name in walk.names
-            if not _is_written("name", name.key, name.read(), walk.writes)
+            if not walk.writes.leave_out_name(name.key, is_container=_is_container(name.read()))
             and (name.is_own or encode_plain(name.read()) is not None)
         ]  # fmt: skip
         self._modules: list[nn.Module] = []
@@ -443,7 +443,7 @@ class _Snapshot:
             self._tensors += [t for t in attributes["_parameters"].values() if t is not None]
             return [(f"{prefix}training", str(module.training).encode())]
         parts: Parts = []
-        left_out = [key for key, value in attributes.items() if self._is_left_out(key, value)]
+        left_out = [key for key, value in attributes.items() if self._is_left_out(type(module), key, value)]
         for key, value in sorted(attributes.items()):
             if key not in _MODULE_INTERNALS and key not in left_out:
                 parts.append((f"{prefix}{key}", self._encode(value, f"{prefix}{key}")))
@@ -465,11 +465,14 @@ class _Snapshot:
             parts += [(f"{path} hook", self._encode(hook, f"{path} hook")) for d in hooks for hook in d.values()]
         return parts
 
-    def _is_left_out(self, key: str, value: object) -> bool:
+    def _is_left_out(self, cls: type, key: str, value: object) -> bool:
         return (
             key.startswith(("torchcache_", "_torchcache_"))
             or key == "cache_instance"
-            or (self._walk is not None and _is_written("attribute", key, value, self._walk.writes))
+            or (
+                self._walk is not None
+                and self._walk.writes.leave_out_attribute(cls, key, is_container=_is_container(value))
+            )
             or (key == "forward" and hasattr(value, "__torchcache_original__"))
         )
 
@@ -621,22 +624,12 @@ def _guards_work() -> bool:
         return False
 
 
-def _is_written(kind: str, key: str, value: object, writes: Writes) -> bool:
-    """Tell whether the code that runs changes an "attribute" or "name" itself, so that it is no part of the key.
+#: Containers that a method or an item assignment changes in place, and nothing else.
+_BUILT_IN_CONTAINERS = (list, dict, set, deque, bytearray, OrderedDict, defaultdict, Counter)
 
-    What it carries from call to call and uses does count: results that depend on it change at every call, and
-    are not cached. A change in place was recognised by its form only, so the value has to be one that has such
-    a form.
-    """
-    if writes.carries(kind, key):
-        return False
-    is_attribute = kind == "attribute"
-    if key in (writes.assigned_attributes if is_attribute else writes.assigned_names):
-        return True
-    return key in (writes.changed_attributes if is_attribute else writes.changed_names) and (
-        isinstance(value, (list, dict, set, deque, bytearray))
-        or (hasattr(value, "__dict__") and not isinstance(value, (nn.Module, torch.Tensor, type, *_CODE)))
-    )
+
+def _is_container(value: object) -> bool:
+    return type(value) in _BUILT_IN_CONTAINERS
 
 
 def _is_torchs_own_layer(module: nn.Module) -> bool:
