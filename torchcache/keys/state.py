@@ -359,7 +359,7 @@ class _Snapshot:
         self._named = [] if walk is None else [
             name for name in walk.names
             if not walk.writes.leave_out_name(name.key, is_container=_is_container(name.read()))
-            and (name.is_own or encode_plain(name.read()) is not None)
+            and (name.is_own or _is_constant_of_library(name.key, name.read()))
         ]  # fmt: skip
         self._modules: list[nn.Module] = []
         self._tensors: list[torch.Tensor] = []
@@ -626,6 +626,14 @@ def _guards_work() -> bool:
 
 #: Containers that a method or an item assignment changes in place, and nothing else.
 _BUILT_IN_CONTAINERS = (list, dict, set, deque, bytearray, OrderedDict, defaultdict, Counter)
+
+
+def _is_constant_of_library(key: str, value: object) -> bool:
+    """Tell whether a global of an installed distribution counts beside its version: numbers that users may set.
+
+    Its texts and what it hides may be the process's own, such as the name of a session.
+    """
+    return type(value) in _NUMBERS and not key.startswith("_")
 
 
 def _is_container(value: object) -> bool:
