@@ -427,6 +427,27 @@ def test_the_names_of_tensors_count(known):
     assert is_known(known, y, x)
 
 
+def test_the_order_of_surplus_keywords_counts(known):
+    a, b = batch(), batch(start=100)
+    function = torchcache(check_rows=False)(lambda **named: torch.cat(list(named.values()), 1))
+    assert torch.equal(function(a=a, b=b), torch.cat([a, b], 1))
+    assert torch.equal(function(b=b, a=a), torch.cat([b, a], 1))
+    assert torch.equal(function(a=a, b=b), torch.cat([a, b], 1))
+    assert stats_of(function).memory_hits == 4
+
+
+def test_a_surplus_keyword_is_not_an_argument_of_the_same_name():
+    @torchcache(check_rows=False)
+    def function(x, scale=1, /, *args, **named):
+        return x * scale + sum(args) + 10 * sum(named.values())
+
+    x = batch()
+    assert torch.equal(function(x, 3), x * 3)
+    assert torch.equal(function(x, scale=3), x + 30)
+    assert torch.equal(function(x, 1, 3), x + 3)
+    assert torch.equal(function(x, 1, **{"args[0]": 3}), x + 30)
+
+
 def test_a_default_given_is_the_default_left_out(known):
     x = batch()
     known(x)

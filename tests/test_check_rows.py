@@ -338,7 +338,7 @@ def failing_once(error):
 
 @pytest.mark.parametrize("error", [RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError()])
 def test_memory_that_runs_out_on_the_cpu_is_no_verdict(error):
-    cached, _ = wrap(failing_once(error))
+    cached, _ = wrap(failing_once(error), persistent_module_hash="failing")
     rounds = batches(4, 3)
     for x in (*rounds, *rounds):
         assert torch.equal(cached(x), x * 2)
@@ -347,7 +347,7 @@ def test_memory_that_runs_out_on_the_cpu_is_no_verdict(error):
 
 
 def test_a_passing_fault_after_rows_were_checked_condemns_nothing():
-    cached, _ = wrap(failing_once(ConnectionError("gone")))
+    cached, _ = wrap(failing_once(ConnectionError("gone")), persistent_module_hash="failing")
     small, large = batches(2, 3), batches(8, 3, seed=1)
     for x in small:
         cached(x)

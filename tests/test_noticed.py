@@ -30,7 +30,7 @@ def program(text, **names):
     names = {"__name__": "program", "torch": torch, "nn": nn, "np": np, "functools": functools, **names}
     names |= {"collections": collections, "types": types}
     names["torchcache"] = torchcache
-    exec(compile(text, "program.py", "exec"), names)
+    exec(compile(text, "program.py", "exec", dont_inherit=True), names)
     return names
 
 
@@ -51,7 +51,28 @@ def check(target, change, x=X):
 
 
 FUNCTIONS = """
+import contextvars, dataclasses, threading
 SCALE = 2
+context = contextvars.ContextVar("context", default=1)
+event = threading.Event()
+
+@dataclasses.dataclass
+class Large:
+    k: int = 2
+    labels: dict = dataclasses.field(default_factory=lambda: {i: str(i) for i in range(100)})
+
+@dataclasses.dataclass
+class Derived:
+    k: int = 2
+    def __post_init__(self):
+        self.double = 2 * self.k
+
+class Deep:
+    def __init__(self, n):
+        self.k, self.inner = 1, Deep(n - 1) if n else None
+
+large_config, derived, deep = Large(), Derived(), Deep(6)
+numbers = {"w": np.ones(8, np.float32)}
 
 class Helper:
     def __init__(self, k):
@@ -140,6 +161,20 @@ CASES = {
     "a module for an empty ModuleList": (
         "functools.reduce(lambda y, f: f(y), net, x)", "net.append(nn.Tanh())", "net = nn.ModuleList()",
     ),
+    "a large dataclass": ("x * large_config.k", "large_config.k = 5"),
+    "what is no field of a dataclass": ("x * derived.double", "derived.double = 7"),
+    "an object six objects deep": (
+        "x * deep.inner.inner.inner.inner.inner.inner.k", "deep.inner.inner.inner.inner.inner.inner.k = 5",
+    ),
+    "the object of a bound method": ("run(x)", "helper.k = 9", "run = helper.__call__"),
+    "the dtype of an array in a dict": ("x * float(numbers['w'][0])", "numbers['w'] = numbers['w'].view(np.int32)"),
+    "an event": ("-x if event.is_set() else x", "event.set()"),
+    "a context variable": ("x * context.get()", "context.set(3)"),
+    "the order of a ModuleDict": (
+        "functools.reduce(lambda y, f: f(y), d.values(), x)", "a = d.pop('a'); d['a'] = a",
+        "d = nn.ModuleDict({'a': nn.Tanh(), 'b': nn.Softplus()})",
+    ),
+    "a note on a tensor": ("x * w * w.scale", "w.scale = 3", "w = torch.ones(8); w.scale = 2"),
     "an environment variable": (
         "x * int(os.environ.get('TORCHCACHE_TEST_SCALE', '1'))", "os.environ['TORCHCACHE_TEST_SCALE'] = '3'",
     ),
@@ -261,6 +296,65 @@ def test_hooks_on_inner_modules_are_said_once(caplog):
     net(X)
     net(X)
     assert sum("do not run on hits" in line for line in caplog.messages) == 1
+
+
+class Steering:
+    def __init__(self):
+        self.alpha = 1.0
+
+    def hook(self, module, args, output):
+        return output * self.alpha
+
+
+def test_the_object_of_a_hook_that_is_a_method_is_watched():
+    net, steering = frozen_net(nn.Linear(8, 8)), Steering()
+    net[0].register_forward_hook(steering.hook)
+    check(net, lambda: setattr(steering, "alpha", 4.0))
+
+
+def test_a_hook_that_comes_during_a_forward_is_noticed():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Identity()
+
+        def forward(self, x):
+            if x.sum() > 1000:
+                self.layer.register_forward_hook(lambda *args: args[-1] + 1)
+            return self.layer(x)
+
+    module = torchcache(check_rows=False)(Net())
+    module(X)
+    module(X + 10_000)
+    with disabled():
+        plain = module(X)
+    assert torch.equal(module(X), plain)
+
+
+def test_a_forward_of_torch_that_is_replaced_is_noticed(monkeypatch):
+    net = frozen_net(nn.Linear(8, 8))
+    check(net, lambda: monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x * 2))
+
+
+def test_state_that_contains_itself_is_encoded():
+    class Node:
+        def __init__(self, parent=None):
+            self.parent, self.children, self.k = parent, [], 1
+            if parent is not None:
+                parent.children.append(self)
+
+    root = Node()
+    Node(root)
+    module = torchcache()(Holds(root))
+    module.handle.table = {}
+    module.handle.table["self"] = module.handle.table
+    module(X)
+    module(X)
+    assert cache_of(module).stats().memory_hits == 4
+    assert not cache_of(module).stats().bypasses
+    root.children[0].k = 2
+    module(X)
+    assert cache_of(module).stats().misses == 8
 
 
 # -- state that moves by itself ----------

@@ -51,6 +51,10 @@ class CallSignature:
         self._names = (*by_kind.get(inspect.Parameter.POSITIONAL_ONLY, ()),
                        *by_kind.get(inspect.Parameter.POSITIONAL_OR_KEYWORD, ()))  # fmt: skip
         self._rest = next(iter(by_kind.get(inspect.Parameter.VAR_POSITIONAL, ())), None)
+        self._positional_only = frozenset(by_kind.get(inspect.Parameter.POSITIONAL_ONLY, ()))
+        self._keywords = frozenset({
+            *by_kind.get(inspect.Parameter.POSITIONAL_OR_KEYWORD, ()), *by_kind.get(inspect.Parameter.KEYWORD_ONLY, ()),
+        })  # fmt: skip
         # A default that is not plain is part of the code and counts there.
         self._defaults = {
             p.name: encoded
@@ -73,9 +77,14 @@ class CallSignature:
             name = self._names[place] if place < len(self._names) else f"{self._rest}[{place - len(self._names)}]"
             plain.pop(name, None)
             _sort_argument(name, place, value, tensors, plain)
+        surplus = [key for key in kwargs if key not in self._keywords]
+        if len(surplus) > 1:  # code that goes through **kwargs sees their order
+            plain["**order"] = digest_parts(key.encode("utf-8", "surrogatepass") for key in surplus)
         for key, value in kwargs.items():
-            plain.pop(key, None)
-            _sort_argument(key, key, value, tensors, plain)
+            # One that only **kwargs takes may be called like an argument that is given by position.
+            name = f"**{key}" if key in self._positional_only or "[" in key else key
+            plain.pop(name, None)
+            _sort_argument(name, key, value, tensors, plain)
         unsupported = next(filter(None, (unsupported_kind(argument.tensor) for argument in tensors)), None)
         n = 0 if unsupported else _batch_size(tensors)
         tensors.sort(key=lambda argument: argument.name)

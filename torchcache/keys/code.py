@@ -264,6 +264,7 @@ class _Walk:
             origin = origin_of_class(base)
             if not self._is_own(origin):
                 self._stop_at(origin, base.__qualname__, base.__module__)
+                self._watch_entries(base)
                 continue
             if self._again("class", base, base.__name__):
                 continue
@@ -282,6 +283,16 @@ class _Walk:
                     continue
                 place = Name(f"{base.__name__}.{name}", vars(base), name, origin is None)
                 self._visit_name(place, place.label, is_data=not name.startswith("__"))
+
+    def _watch_entries(self, cls: type) -> None:
+        """Watch how a class of a library is called, and visit what a user put in place of that."""
+        for key in ("forward", "__call__", "_call_impl"):
+            if key in vars(cls):
+                name = Name(f"{cls.__qualname__}.{key}", vars(cls), key, is_own=False)
+                value = name.read()
+                self._watch.add(name, value)
+                if isinstance(value, types.FunctionType) and self._leads_to_own(value):
+                    self.visit(value, key)
 
     def _visit_function(self, function: types.FunctionType, label: str) -> None:
         origin = origin_of_function(function)

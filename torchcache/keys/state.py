@@ -9,13 +9,17 @@ moved, for sparse writes that bypass torch's version counters.
 from __future__ import annotations
 
 import ctypes
+import functools
+import itertools
 import marshal
+import threading
 import time
 import types
 import weakref
+from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import fields, is_dataclass
+from contextvars import ContextVar
 from functools import lru_cache
 from operator import attrgetter, getitem, itemgetter
 from typing import Any
@@ -61,10 +65,12 @@ _PROBE_BYTES = 64
 _NUMBERS = (int, float, complex, bool)
 _COMPARABLE = (str, bytes, type(None), nn.Module, torch.Tensor)
 _CONTAINERS = (list, dict, set, deque, bytearray, np.ndarray)
+#: Objects without attributes that change all the same.
+_ENCODED_EACH_TIME = (*GENERATORS, threading.Event, ContextVar, array, itertools.count, itertools.cycle)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
 
 #: Objects inside objects are watched so deep.
-_WATCH_DEPTH = 4
+_WATCH_DEPTH = 32
 
 #: Containers of up to so many items, inner ones included, are compared by value at each call; those of plain
 #: values cost little and may be larger. Larger ones are compared item by item without looking inside, and the
@@ -277,6 +283,7 @@ class _Places:
         self._sized: list[Sized] = []
         self._without_hooks: list[Sized] = []
         self._hooks_ever = 0
+        self._ordered: list[Mapping[str, Any]] = []
         self._slotted: list[object] = []
         self._named: list[Name] = []
         self._numbers: list[tuple[itemgetter[Any], list[Mapping[str, Any]]]] = []
@@ -291,6 +298,10 @@ class _Places:
         self._keys.append((values, tuple(keys)))
         if may_grow:
             self._sized.append(values)
+
+    def watch_order(self, values: Mapping[str, Any]) -> None:
+        """Watch the order of a dictionary that code may go through."""
+        self._ordered.append(values)
 
     def watch_for_hooks(self, hooks: Sized) -> None:
         """Watch a dictionary of hooks that has none."""
@@ -331,12 +342,15 @@ class _Places:
         """Tell whether hooks came; torch numbers them all, so mostly nobody has to be asked."""
         if RemovableHandle.next_id == self._hooks_ever:
             return False
+        if any(map(len, self._without_hooks)):
+            return True
         self._hooks_ever = RemovableHandle.next_id
-        return any(map(len, self._without_hooks))
+        return False
 
     def _read(self) -> tuple[object, ...]:
         return (
             list(map(len, self._sized)),
+            list(map(list, self._ordered)),
             [list(map(getter, members)) for getter, members in self._comparable],
             _dump([list(map(getter, members)) for getter, members in self._numbers]),
             list(map(id, self._by_identity())),
@@ -457,12 +471,17 @@ class _Snapshot:
         for kind in _HELD_BY_MODULES:
             # Torch's own layers look for nothing that their constructor did not make.
             self._places.watch(attributes[kind], attributes[kind], may_grow=not is_torchs)
+        if not is_torchs and len(attributes["_modules"]) > 1:
+            self._places.watch_order(attributes["_modules"])
         if is_inner:
             hooks = [attributes[kind] for kind in _HOOKS]
             self.has_inner_hooks = self.has_inner_hooks or any(hooks)
             for hook in hooks:
                 self._places.watch(hook, hook) if hook else self._places.watch_for_hooks(hook)
-            parts += [(f"{path} hook", self._encode(hook, f"{path} hook")) for d in hooks for hook in d.values()]
+            for kind, registered in zip(_HOOKS, hooks, strict=True):
+                for key, hook in registered.items():
+                    takes_kwargs = bool(attributes[f"{kind}_with_kwargs"].get(key))
+                    parts.append((f"{path} hook", self._encode((hook, takes_kwargs), f"{path} hook")))
         return parts
 
     def _is_left_out(self, cls: type, key: str, value: object) -> bool:
@@ -479,8 +498,14 @@ class _Snapshot:
     def _encode(self, value: object, path: str) -> bytes:
         if value is MISSING:
             return b"missing"
-        self._watch(value, path, depth=0)
+        try:
+            self._watch(value, path, depth=0)
+            return self._encode_watched(value, path)
+        except RecursionError:
+            self._note_unnamed(path, type(value).__qualname__)
+            return type_name(type(value))
 
+    def _encode_watched(self, value: object, path: str) -> bytes:
         def refer(inner: nn.Module | torch.Tensor) -> bytes:
             return self._refer(inner, path)
 
@@ -495,17 +520,21 @@ class _Snapshot:
 
     def _watch(self, value: object, path: str, *, depth: int) -> None:
         """See to it that a change inside ``value`` is noticed at the next call."""
+        if isinstance(value, types.MethodType):
+            value = value.__self__
         if isinstance(value, (nn.Module, torch.Tensor, type, *_CODE)) or depth > _WATCH_DEPTH:
             return
-        if isinstance(value, tuple):
+        if isinstance(value, functools.partial):
+            self._watch((value.func, value.args, value.keywords), path, depth=depth)
+        elif isinstance(value, tuple):
             for i, item in enumerate(value):
                 self._watch(item, f"{path}[{i}]", depth=depth + 1)
         elif encode_plain(value) is not None or id(value) in self._known:
             return
-        elif isinstance(value, GENERATORS):
+        elif isinstance(value, _ENCODED_EACH_TIME):
             self._known[id(value)] = -1
             self._containers.append((value, lambda generator: encode_state(generator, path, _identity)))
-        elif isinstance(value, _CONTAINERS) or is_dataclass(value):
+        elif isinstance(value, _CONTAINERS):
             self._known[id(value)] = -1
             way = _way_to_compare(value, path)
             self._containers.append((value, way))
@@ -527,6 +556,15 @@ class _Snapshot:
         if id(value) in self._known:
             kind = "module" if isinstance(value, nn.Module) else "tensor"
             return f"{kind} {self._known[id(value)]}".encode()
+        if isinstance(value, torch.Tensor) and (notes := getattr(value, "__dict__", None)):
+            # What somebody hung on a tensor, such as the scale of a weight in float8.
+            self._known[id(notes)] = -1
+            self._places.watch(notes, notes)
+            return digest_parts([self._refer_plainly(value, path), self._encode(notes, f"{path}.__dict__")])
+        return self._refer_plainly(value, path)
+
+    def _refer_plainly(self, value: nn.Module | torch.Tensor, path: str) -> bytes:
+        """Name a module or tensor that is not known yet, without its attributes."""
         if isinstance(value, nn.Module):
             return digest_parts(
                 p for name, part in self._collect_tree(value, path, inner=True) for p in (name.encode(), part)
@@ -648,23 +686,38 @@ def _is_torchs_own_layer(module: nn.Module) -> bool:
 
 def _way_to_compare(value: object, path: str) -> Callable[[Any], object]:
     """Return what turns a container into something that differs when it has changed, quickly where possible."""
-    if isinstance(value, np.ndarray) and not value.dtype.hasobject:
+    if isinstance(value, bytearray) or (isinstance(value, np.ndarray) and not value.dtype.hasobject):
         return _sampled
     items = _count_items(value, _MANY_PLAIN_ITEMS)
-    if items <= _MANY_PLAIN_ITEMS and isinstance(value, (list, dict, set)):
-        try:
-            _dump(value)
-        except ValueError:
-            pass
-        else:
-            return _dump
+    if items <= _MANY_PLAIN_ITEMS and _is_plain(value):
+        return _dump
     if items <= _MANY_ITEMS:
         return lambda value: encode_state(value, path, _identity)
     return _items if isinstance(value, (list, dict, set, deque)) and len(value) <= _MOST_ITEMS else _length
 
 
-def _sampled(array: np.ndarray[Any, Any]) -> bytes:
+def _is_plain(value: object) -> bool:
+    """Tell whether a container holds nothing but what marshal writes by value; of an array it writes no dtype."""
+    waiting: list[Any] = [value]
+    seen = set[int]()
+    while waiting:
+        item = waiting.pop()
+        kind = type(item)
+        if kind in _MARSHALLED:
+            continue
+        if kind not in (list, tuple, set, frozenset, dict) or id(item) in seen:
+            return False
+        seen.add(id(item))
+        waiting += [*item, *item.values()] if kind is dict else item
+    return True
+
+
+_MARSHALLED = (int, float, complex, bool, str, bytes, type(None))
+
+
+def _sampled(value: np.ndarray[Any, Any] | bytearray) -> bytes:
     """Return the digest of an array's values, or of a part that dense changes cannot miss."""
+    array = np.frombuffer(value, np.uint8) if isinstance(value, bytearray) else value
     if array.nbytes > _MANY_BYTES:
         array = array.reshape(-1)[:: max(1, array.size // _SAMPLED_ELEMENTS)]
     return digest_parts([str((array.dtype, array.shape)).encode(), array.tobytes()])
@@ -685,18 +738,25 @@ def _dump(value: object) -> bytes:
 
 
 def _count_items(value: object, most: int) -> int:
-    """Count the items of a container and of those in it, up to where it no longer matters."""
-    if isinstance(value, np.ndarray):
-        return value.nbytes // 64
-    if is_dataclass(value) and not isinstance(value, type):
-        value = [getattr(value, f.name, None) for f in fields(value)]
-    if not isinstance(value, (list, dict, set, tuple, deque)):
-        return 1
-    total = len(value)
-    for item in value.values() if isinstance(value, dict) else value:
-        if total > most:
-            break
-        total += _count_items(item, most)
+    """Count the items of a container, of those in it and of objects, up to where it no longer matters."""
+    total, waiting, seen = 0, [value], set[int]()
+    while waiting and total <= most:
+        item = waiting.pop()
+        total += 1
+        if isinstance(item, (np.ndarray, bytearray, bytes, str)):
+            total += (item.nbytes if isinstance(item, np.ndarray) else len(item)) // 64
+            continue
+        if isinstance(item, (nn.Module, torch.Tensor, type, *_CODE)) or id(item) in seen:
+            continue
+        if isinstance(item, (list, dict, set, tuple, deque)):
+            inner: Any = item.values() if isinstance(item, dict) else item
+        else:
+            inner = (attributes_of(item) or {}).values()
+        if inner:
+            seen.add(id(item))
+            total += len(inner)
+            if total <= most:
+                waiting += inner
     return total
 
 

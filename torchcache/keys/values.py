@@ -23,6 +23,7 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from contextvars import ContextVar
 from datetime import date, datetime, time, timedelta
 from typing import Any, cast
 
@@ -139,6 +140,8 @@ class _Encoder:
         self._kept: list[object] = []  # ids stay unique while the objects live
 
     def encode(self, value: object, path: str) -> bytes:
+        if isinstance(value, enum.Enum):
+            self.on_code(type(value))
         plain = encode_plain(value)
         if plain is not None:
             return plain
@@ -186,7 +189,7 @@ class _Encoder:
         if isinstance(value, torch.Tensor):
             return digest_parts([b"tensor", name, self.refer(value)])
         if isinstance(value, np.ndarray) and value.dtype.hasobject:
-            return self._items(b"objects", value.ravel().tolist(), path)
+            return self._items(b"objects", [value.shape, *value.ravel().tolist()], path)
         if isinstance(value, (np.ndarray, np.generic)):
             return _encode_array(np.asarray(value))
         if isinstance(value, (tuple, list, deque)):
@@ -214,16 +217,20 @@ class _Encoder:
             return digest_parts([name, self.encode(_generator_state(value), path)])
         if dataclasses.is_dataclass(value):
             self.on_code(type(value))
-            pairs = {f.name: getattr(value, f.name, None) for f in dataclasses.fields(value)}
-            return self._pairs(name, pairs, path)
+            # Also those that are no fields, which __post_init__ may have set.
+            return self._pairs(name, attributes_of(value) or {}, path)
         if isinstance(value, pathlib.PurePath):
-            return b"path " + str(value).encode()
+            return b"path " + str(value).encode("utf-8", "surrogateescape")
         if isinstance(value, (date, datetime, time, timedelta, range, re.Pattern, np.dtype)):
             return name + b" " + repr(value).encode()
         for base in _PLAIN_BASES:
             if isinstance(value, base):
                 self.on_code(type(value))
                 return digest_parts([name, encode_plain(base(value)) or b""])
+        if isinstance(value, threading.Event):
+            return digest_parts([name, self.encode(value.is_set(), path)])
+        if isinstance(value, ContextVar):
+            return digest_parts([name, value.name.encode(), self.encode(value.get(None), path)])
         if isinstance(value, weakref.ref):
             return digest_parts([b"weak", self.encode(value(), path)])
         if isinstance(value, _WITHOUT_VALUE):
@@ -418,7 +425,7 @@ GENERATORS = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.r
 
 #: What coordinates, logs or talks to the outside: it counts by its type, whatever state it is in.
 _WITHOUT_VALUE: tuple[type[Any], ...] = (
-    type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Event, threading.Semaphore,
+    type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Semaphore,
     threading.Barrier, threading.Thread, threading.local, Executor, Future, logging.Logger, logging.LoggerAdapter,
     logging.Handler, io.IOBase, socket.socket, types.FrameType, types.TracebackType, torch.Stream, torch.Event,
     *((torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()),
