@@ -19,12 +19,13 @@ from pathlib import Path
 
 from stress.suites import SUITES
 from stress.values import ViolationError
-from stress.verdict import PLANTS, Run
+from stress.verdict import Run
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
     if options.command == "list":
         for name, suite in SUITES.items():
             print(f"{name:8} {suite.purpose}")
@@ -32,6 +33,11 @@ def main(arguments: list[str] | None = None) -> int:
     logging.getLogger("torchcache").setLevel(logging.ERROR)  # that a cache is full is no news here
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # members are ended on the way out
     names = list(SUITES) if options.suite == "all" else [options.suite]
+    if options.plant and not all(options.plant in SUITES[name].plants for name in names):
+        parser.error(f"--plant {options.plant} is not known to the suite {options.suite}")
+    for option in ("cases", "case"):
+        if getattr(options, option) is not None and not all(option in SUITES[name].takes for name in names):
+            parser.error(f"--{option} means nothing to the suite {options.suite}")
     passed = sum(_run_suite(name, options, options.seconds / len(names)) for name in names)
     print(f"stress: {passed} passed, {len(names) - passed} failed")
     return 0 if passed == len(names) else 1
@@ -48,6 +54,9 @@ def _run_suite(name: str, options: argparse.Namespace, seconds: float) -> bool:
         seconds=seconds,
         jobs=options.jobs or suite.jobs,
         directory=directory,
+        tally=suite.tally(),
+        cases=options.cases,
+        case=options.case,
         plant=options.plant,
     )
     start = time.monotonic()
@@ -55,7 +64,7 @@ def _run_suite(name: str, options: argparse.Namespace, seconds: float) -> bool:
     try:
         try:
             suite.run(asked)
-            if not asked.has_failed() and not (asked.tally.reads and asked.tally.kills):
+            if asked.case is None and not asked.has_failed() and not asked.tally.is_proof():
                 asked.note(ViolationError("idle", "nothing was checked, so nothing is proved"))
         except Exception as error:
             asked.note(error)
@@ -81,8 +90,25 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--dir", type=Path, help="where directories are made; by default the temporary one")
     run.add_argument("--jobs", type=int, choices=range(1, 33), metavar="1..32", help="processes of a kind at a time")
-    run.add_argument("--plant", choices=PLANTS, help="do something wrong, which the suite has to find")
+    run.add_argument("--cases", type=_count, help="end after so many cases (keys), or rows of each kind (rows)")
+    run.add_argument("--case", type=_number, help="run only the case of this number (keys)")
+    plants = sorted({plant for suite in SUITES.values() for plant in suite.plants})
+    run.add_argument("--plant", choices=plants, help="do something wrong, which the suite has to find")
     return parser
+
+
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError("0 or more")
+    return number
+
+
+def _count(text: str) -> int:
+    number = _number(text)
+    if not number:
+        raise argparse.ArgumentTypeError("1 or more")
+    return number
 
 
 def _positive(text: str) -> float:

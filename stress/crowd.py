@@ -19,10 +19,10 @@ import time
 from stress.ledger import Ledger
 from stress.members import Members
 from stress.values import NAMESPACES
-from stress.verdict import Run, Sampler, Trial
+from stress.verdict import Run, Sampler, StoreTally, Trial
 from torchcache.storage.lmdb import StoreSettings
 
-JOBS = 4
+TALLY = StoreTally
 
 KILL_SECONDS = 0.1
 SAMPLE_SECONDS = 0.01
@@ -36,7 +36,7 @@ _OWN_SHARE = 0.75  # a writer writes batches of the others as well, at the time 
 _READ_BATCHES = 8
 
 
-def run(asked: Run) -> None:
+def run(asked: Run[StoreTally]) -> None:
     """Run rounds until the time is over or something is violated."""
     n = math.ceil(max(len(EVICTIONS), asked.seconds / _LONGEST_ROUND_SECONDS))
     for number in range(n):
@@ -44,7 +44,7 @@ def run(asked: Run) -> None:
             _round(asked, number, asked.seconds / n)
 
 
-def _round(asked: Run, number: int, seconds: float) -> None:
+def _round(asked: Run[StoreTally], number: int, seconds: float) -> None:
     rng = asked.rng(number)
     eviction = EVICTIONS[number % len(EVICTIONS)]
     settings = StoreSettings(

@@ -18,10 +18,10 @@ import time
 from stress.ledger import Ledger
 from stress.members import Members
 from stress.values import BATCH_ROWS, ViolationError
-from stress.verdict import Run, Sampler, Trial
+from stress.verdict import Run, Sampler, StoreTally, Trial
 from torchcache.storage.lmdb import StoreSettings
 
-JOBS = 1
+TALLY = StoreTally
 
 MOST_SECONDS = 0.06
 CREATION_SECONDS = 0.006
@@ -34,7 +34,7 @@ _AUDIT_SECONDS = 120.0
 _OLDER_BATCHES = 16
 
 
-def run(asked: Run) -> None:
+def run(asked: Run[StoreTally]) -> None:
     """Use up directories until the time is over or something is violated."""
     deadline = time.monotonic() + asked.seconds
     number = 0
@@ -43,7 +43,7 @@ def run(asked: Run) -> None:
         number += 1
 
 
-def _use_directory(asked: Run, number: int, deadline: float) -> None:
+def _use_directory(asked: Run[StoreTally], number: int, deadline: float) -> None:
     """Kill writers on one directory; after each kill, another process looks and writes."""
     rng = asked.rng(number)
     ledger = Ledger(asked.jobs + 1, asked.jobs + 1)  # the last line is that of the process after

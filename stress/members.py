@@ -25,7 +25,7 @@ class Members:
         most_seconds: A member ends itself then at the latest, whatever becomes of the program.
     """
 
-    def __init__(self, run: Run, most_seconds: float) -> None:
+    def __init__(self, run: Run[Any], most_seconds: float) -> None:
         self._run = run
         self._most_seconds = most_seconds
         self._running: set[int] = set()

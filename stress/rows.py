@@ -30,7 +30,7 @@ ROWS = 200_000
 
 _PART_ROWS = 10_000
 _STORED_SHARE = 0.2  # of the parts
-_SMALL_MEMORY_BYTES = 20_000  # a few hundred values
+_SMALL_MEMORY_BYTES = 4000  # some dozens of values
 _MOST_NEW_ROWS = 700
 _FLUSH_CHANCE = 0.3
 _MOST_VIOLATIONS = 20
@@ -113,6 +113,8 @@ def _go_through(asked: Run[RowTally], kind: str, make: _Maker, deadline: float) 
                     _look_up(asked, kind, module, plain, rows, batch, n_new)
                     if rng.random() < _FLUSH_CHANCE:  # else all is answered by the queue
                         cache_of(module).flush()
+                cache_of(module).flush()
+                _look_up(asked, kind, module, plain, rows, rng.integers(0, n, min(n, _MOST_NEW_ROWS)), 0)
                 _add(asked.tally.rows, kind, n)
                 if time.monotonic() > until:
                     break

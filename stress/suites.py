@@ -1,30 +1,55 @@
-"""The scenarios by name."""
+"""The scenarios by name; a scenario is imported when it runs, because some load torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ast
+import importlib
 from dataclasses import dataclass
+from pathlib import Path
 
-from stress import crowd, kill
-from stress.verdict import Run
+from stress.verdict import Run, Tally
 
 
 @dataclass(frozen=True, slots=True)
 class Suite:
-    """One scenario.
+    """One scenario: a module of this package with ``run(asked)`` and ``TALLY``, what it counts.
 
     Attributes:
-        run: Runs it; what it counts and what is violated stays with the run.
+        name: Of the module.
         jobs: How many processes of a kind work at a time, unless the caller says.
-        purpose: The first line of its docstring.
+        plants: The defects that it can be given, to see that it finds them.
+        takes: Which of the options "cases" and "case" mean something to it.
     """
 
-    run: Callable[[Run], None]
+    name: str
     jobs: int
-    purpose: str
+    plants: tuple[str, ...]
+    takes: tuple[str, ...] = ()
 
+    @property
+    def purpose(self) -> str:
+        """The first line of the module's docstring."""
+        tree = ast.parse(Path(__file__).with_name(f"{self.name}.py").read_text(encoding="utf-8"))
+        return (ast.get_docstring(tree) or "").partition("\n")[0]
+
+    def tally(self) -> Tally:
+        """Return a tally that is still empty."""
+        tally: Tally = importlib.import_module(f"stress.{self.name}").TALLY()
+        return tally
+
+    def run(self, asked: Run[Tally]) -> None:
+        """Run it; what it counts and what is violated stays with ``asked``."""
+        importlib.import_module(f"stress.{self.name}").run(asked)
+
+
+_STORE_PLANTS = ("wrong-value", "lost-record", "over-budget")
 
 SUITES = {
-    "crowd": Suite(crowd.run, crowd.JOBS, (crowd.__doc__ or "").partition("\n")[0]),
-    "kill": Suite(kill.run, kill.JOBS, (kill.__doc__ or "").partition("\n")[0]),
+    suite.name: suite
+    for suite in (
+        Suite("crowd", jobs=4, plants=_STORE_PLANTS),
+        Suite("kill", jobs=1, plants=_STORE_PLANTS),
+        Suite("keys", jobs=2, plants=("blind", "restless", "short-sighted", "wrong-value"), takes=("cases", "case")),
+        Suite("rows", jobs=1, plants=("short-sighted", "wrong-value"), takes=("cases",)),
+    )
 }

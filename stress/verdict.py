@@ -10,8 +10,10 @@ import shlex
 import time
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import filelock
 import lmdb
@@ -23,20 +25,32 @@ from stress.values import BATCH_ROWS, Batch, ViolationError, check
 from torchcache.storage.directory import CacheDirectory
 from torchcache.storage.lmdb import LmdbStore, StoreSettings
 
-#: Defects that a run can be given, to see that it finds them.
-PLANTS = ("wrong-value", "lost-record", "over-budget")
-
 _PLANT_EVERY = 5
 
 
 @dataclass(slots=True)
 class Tally:
-    """What a run did, over all its members.
+    """What a run counted; each suite adds what it counts.
+
+    Attributes:
+        expected: Lookups that must be hits.
+        hits: How many of these were.
+    """
+
+    expected: int = 0
+    hits: int = 0
+
+    def is_proof(self) -> bool:
+        """Tell whether enough was counted to prove something."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class StoreTally(Tally):
+    """What a run did to a store, over all its members; expected are acknowledged rows where nothing is evicted.
 
     Attributes:
         reads: Rows that were found and compared byte by byte.
-        expected: Rows looked up that were acknowledged before, where nothing is evicted: each must be found.
-        hits: How many of these were found.
         evictable: Rows looked up that were acknowledged before and may have been evicted since.
         evictable_hits: How many of these were found.
         acknowledged: Rows that a returned ``put_many`` said are stored.
@@ -48,8 +62,6 @@ class Tally:
     """
 
     reads: int = 0
-    expected: int = 0
-    hits: int = 0
     evictable: int = 0
     evictable_hits: int = 0
     acknowledged: int = 0
@@ -58,6 +70,9 @@ class Tally:
     longest_gap_ms: float = 0.0
     peak_share: float = 0.0
     over_budget_bytes: int = 0
+
+    def is_proof(self) -> bool:
+        return bool(self.reads and self.kills)
 
     def add(self, ledger: Ledger, *, is_strict: bool) -> None:
         """Add what the members of one directory counted."""
@@ -72,14 +87,20 @@ class Tally:
             self.evictable_hits += counts["hits"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+_TallyT = TypeVar("_TallyT", bound=Tally)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run(Generic[_TallyT]):
     """One suite with its options.
 
     Attributes:
         directory: Empty and the run's own; caches and the list of violations lie in it.
         jobs: How many processes of a kind work at a time.
-        plant: One of ``PLANTS``, or none.
+        tally: What is counted.
+        cases: How many cases at most, of a suite that has cases; None for as many as it thinks are enough.
+        case: The number of the only case to run, or None.
+        plant: One of the suite's plants, or none.
     """
 
     suite: str
@@ -87,8 +108,10 @@ class Run:
     seconds: float
     jobs: int
     directory: Path
+    tally: _TallyT
+    cases: int | None = None
+    case: int | None = None
     plant: str | None = None
-    tally: Tally = field(default_factory=Tally)
 
     def rng(self, *place: object) -> random.Random:
         """Return the random numbers of one place of the scenario; the same for the same seed."""
@@ -99,6 +122,9 @@ class Run:
         """The command that runs this again."""
         words = f"python -m stress run --suite {self.suite} --seconds {self.seconds:g} --seed {self.seed}"
         words += f" --jobs {self.jobs}"
+        words += "".join(
+            f" --{name} {value}" for name, value in (("cases", self.cases), ("case", self.case)) if value is not None
+        )
         return words + (f" --plant {shlex.quote(self.plant)}" if self.plant else "")
 
     def note(self, error: BaseException) -> None:
@@ -144,6 +170,7 @@ class Run:
                 "lmdb": ".".join(map(str, lmdb.version())),
                 "filelock": filelock.__version__,
                 "numpy": np.__version__,
+                "torch": metadata.version("torch"),
                 "kernel": platform.release(),
             },
         }
@@ -161,7 +188,7 @@ class Trial:
         is_strict: Whether every row that was acknowledged has to be found: nothing is evicted.
     """
 
-    run: Run
+    run: Run[StoreTally]
     root: Path
     settings: StoreSettings
     ledger: Ledger

@@ -18,7 +18,7 @@ def stress(*words: object) -> tuple[int, list[str]]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHCACHE_", "COVERAGE_"))}
     done = subprocess.run(
         [sys.executable, "-m", "stress", *map(str, words)],
-        capture_output=True, text=True, timeout=100, cwd=ROOT, env=variables, check=False,
+        capture_output=True, text=True, timeout=110, cwd=ROOT, env=variables, check=False,
     )  # fmt: skip
     assert done.stderr == ""
     return done.returncode, done.stdout.splitlines()
@@ -28,7 +28,7 @@ def stress(*words: object) -> tuple[int, list[str]]:
 def test_a_suite_passes_and_really_checked_something(suite, tmp_path):
     status, lines = stress("run", "--suite", suite, "--seconds", 3, "--seed", 1, "--dir", tmp_path)
     verdict = json.loads(lines[0])
-    assert status == 0, lines
+    assert status == 0, "\n".join(lines)
     assert verdict["violations"] == verdict["over_budget_bytes"] == 0
     assert verdict["reads"] > 100
     assert verdict["expected"] > 100
@@ -62,9 +62,57 @@ def test_a_suite_finds_what_was_planted_and_says_how_to_see_it_again(suite, plan
     assert lines[-1] == "stress: 0 passed, 1 failed"
 
 
+def test_every_kind_of_case_gets_its_turn(tmp_path):
+    status, lines = stress("run", "--suite", "keys", "--seconds", 90, "--cases", 160, "--seed", 1, "--dir", tmp_path)
+    verdict = json.loads(lines[0])
+    assert status == 0, "\n".join(lines)
+    assert verdict["cases"] == 160
+    assert min(verdict["kinds"].values()) > 0
+    assert {"live", "fresh", "stored", "process", "fork", "inherited", "forkserver", "spawn"} == set(verdict["ways"])
+    assert verdict["hits"] == verdict["expected"] > 50
+    assert verdict["violations"] == verdict["wrong_results"] == verdict["shared_keys"] == verdict["split_keys"] == 0
+    assert lines[1:] == ["stress: 1 passed, 0 failed"]
+
+
+@pytest.mark.parametrize(("plant", "kind"), [("blind", "shared"), ("restless", "apart")])
+def test_a_key_that_is_wrong_is_found_and_the_case_can_be_seen_again(plant, kind, tmp_path):
+    words = ("--seed", 1, "--dir", tmp_path, "--jobs", 1, "--plant", plant)
+    status, lines = stress("run", "--suite", "keys", "--seconds", 90, "--cases", 80, *words)
+    assert status == 1
+    assert json.loads(lines[0])["violations"] > 0
+    said = next(line for line in lines if line.startswith(f"{kind}: "))
+    again = said.partition("again: python -m stress ")[2].split()
+    (kept,) = tmp_path.iterdir()
+    assert (kept / f"case-{again[again.index('--case') + 1]}.txt").exists()
+    status, lines = stress(*again, "--dir", tmp_path)
+    assert status == 1
+    assert json.loads(lines[0])["cases"] == 1
+    assert said in lines
+
+
+def test_rows_in_any_batch_get_their_own_values(tmp_path):
+    status, lines = stress("run", "--suite", "rows", "--seconds", 60, "--cases", 3000, "--seed", 1, "--dir", tmp_path)
+    verdict = json.loads(lines[0])
+    assert status == 0, "\n".join(lines)
+    assert set(verdict["rows"].values()) == {3000}
+    assert set(verdict["wrong"].values()) == {0}
+    assert verdict["hits"] == verdict["expected"] > 10_000
+    assert min(verdict["store_hits"].values()) > 0
+
+
+@pytest.mark.parametrize("plant", ["wrong-value", "short-sighted"])
+def test_rows_with_values_of_others_are_found(plant, tmp_path):
+    words = ("--cases", 3000, "--seed", 1, "--dir", tmp_path, "--plant", plant)
+    status, lines = stress("run", "--suite", "rows", "--seconds", 60, *words)
+    assert status == 1
+    assert sum(json.loads(lines[0])["wrong"].values()) > 0
+    assert any(line.startswith("wrong: ") for line in lines)
+
+
 def test_the_suites_are_listed_without_torch():
     status, lines = stress("list")
     assert status == 0
-    assert [line.split()[0] for line in lines] == ["crowd", "kill"]
+    assert [line.split()[0] for line in lines] == ["crowd", "kill", "keys", "rows"]
+    assert all(len(line.split()) > 5 for line in lines)
     program = "import sys, stress.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
