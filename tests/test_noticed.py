@@ -181,6 +181,14 @@ CASES = {
 }  # fmt: skip
 
 
+@pytest.fixture(params=[True, False], ids=["versions", "no versions"])
+def dictionaries(request, monkeypatch):
+    """Compare with and without the interpreter's help."""
+    if not request.param:
+        monkeypatch.setattr(state, "versions_of", lambda _: None)
+
+
+@pytest.mark.usefixtures("dictionaries")
 @pytest.mark.parametrize("case", CASES)
 def test_a_change_of_what_a_function_uses_is_noticed(case, monkeypatch):
     monkeypatch.delenv("TORCHCACHE_TEST_SCALE", raising=False)
@@ -230,6 +238,7 @@ MODULES = {
 }
 
 
+@pytest.mark.usefixtures("dictionaries")
 @pytest.mark.parametrize("change", MODULES)
 def test_a_change_of_a_module_is_noticed(change):
     net = frozen_net(nn.Linear(8, 8), nn.ReLU(), nn.BatchNorm1d(8))

@@ -31,6 +31,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from torchcache.keys.code import MISSING, CodeWalk, Name
+from torchcache.keys.dict_versions import Reader, versions_of
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.mode import ambient_reason, autocast_in_force, current_mode
 from torchcache.keys.values import (
@@ -276,6 +277,8 @@ class _Places:
     compare equal; texts, modules and tensors by ``==``, which asks for identity first; anything else by identity
     alone: equal dictionaries may have another order, and a class may call anything equal. What was seen is
     held, so an identity cannot be another object's by now.
+
+    Where the interpreter numbers the changes of dictionaries, all of that is asked only once one was changed.
     """
 
     def __init__(self) -> None:
@@ -292,6 +295,10 @@ class _Places:
         self._owned: list[str] = []  # under these keys
         self._held: list[object] = []
         self._seen: tuple[object, ...] = ()
+        self._seen_names: list[int] = []
+        self._plain: list[dict[str, Any]] = []  # kept alive for their versions
+        self._read_versions: Reader | None = None
+        self._versions = b""
 
     def watch(self, values: Mapping[str, Any], keys: Iterable[str], *, may_grow: bool = True) -> None:
         """Watch some keys of a dictionary, and its length if it may grow."""
@@ -329,14 +336,38 @@ class _Places:
                 self._numbers.append((itemgetter(*numbers), members))
             if comparable:
                 self._comparable.append((itemgetter(*comparable), members))
+        watched = [values for values, _ in self._keys]
+        self._plain = [values for values in watched if isinstance(values, dict) and type(values) is dict]
+        if len(self._plain) == len(watched):
+            self._read_versions = versions_of(self._plain)
         self._keys.clear()
         self._hooks_ever = RemovableHandle.next_id
+        # Before the values: what changes in between is then looked at again.
+        self._versions = self._read_versions() if self._read_versions else b""
         self._held = self._by_identity()
         self._seen = self._read()
+        self._seen_names = self._names_by_identity()
 
     def have_moved(self) -> bool:
         """Tell whether anything differs from what was there; raises KeyError where something is gone."""
-        return self._read() != self._seen or self._have_got_hooks()
+        if self._have_got_hooks():
+            return True
+        if self._read_versions is None:
+            return self._read() != self._seen
+        versions = self._read_versions()
+        if versions == self._versions and self._names_by_identity() == self._seen_names:
+            return False
+        if self._read() != self._seen:
+            return True
+        self._versions = versions  # something changed that does not count
+        return False
+
+    def _names_by_identity(self) -> list[int]:
+        """Return the identities of what lies in variables and slots, which have no versions."""
+        ids = [id(name.read()) for name in self._named]
+        for slotted in self._slotted:
+            ids += map(id, (attributes_of(slotted) or {}).values())
+        return ids
 
     def _have_got_hooks(self) -> bool:
         """Tell whether hooks came; torch numbers them all, so mostly nobody has to be asked."""
