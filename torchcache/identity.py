@@ -82,6 +82,7 @@ class Identity:
         self._tracker = StateTracker(target.module)
         self._walk: CodeWalk | None = None
         self._module_hash: str | None = None
+        self._last: tuple[bytes, Look] | None = None  # the fingerprint last seen, and what was made of it
         self._own_name = os.urandom(16)  # what stands for what has no stable name
 
     def module_hash(self) -> str:
@@ -98,11 +99,14 @@ class Identity:
             if tracker.code_has_moved:
                 module_hash = self._identify()
                 fingerprint = tracker.fingerprint()
+            reason, last = tracker.bypass_reason, self._last
+            if last is not None and last[0] is fingerprint and last[1].reason == reason:
+                return last[1]  # what is to be said was said
             unnamed, has_hooks = tracker.unnamed, tracker.has_inner_hooks
-            look = Look(module_hash, fingerprint, self._is_private(), tracker.bypass_reason)
+            namespace = digest_parts([fingerprint, self._own_name]) if unnamed else fingerprint
+            look = Look(module_hash, namespace, self._is_private() or bool(unnamed), reason)
+            self._last = fingerprint, look
         if unnamed:
-            fingerprint = digest_parts([fingerprint, self._own_name])
-            look = Look(module_hash, fingerprint, is_private=True, reason=look.reason)
             self._say_unnamed(*unnamed[0])
         if has_hooks:
             self._say("hooks", "hooks on inner modules run when a sample is computed, and do not run on hits")
@@ -156,7 +160,7 @@ class Identity:
 
     def _start_afresh(self) -> None:
         self._tracker = StateTracker(self._target.module)
-        self._module_hash = None
+        self._module_hash = self._last = None
 
     def _is_private(self) -> bool:
         return self._target.arguments is None and not self._options().persistent_module_hash

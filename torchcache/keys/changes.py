@@ -10,13 +10,12 @@ This module does not import torch.
 from __future__ import annotations
 
 import ctypes
-import functools
 import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, getitem, is_, itemgetter
 from typing import Any
 
 from torchcache.keys.origins import is_own_class
@@ -212,8 +211,7 @@ class Watch:
         self._viewed = b"".join(self._views)
         self._all_classes = list(self._classes.values())
         self._saved_bases = list(map(_bases, self._all_classes))
-        self._readers, self._cells, self._fixed = _readers(self._strong)
-        self._soft_readers, self._soft_cells, self._types = _readers(self._soft)
+        self._code_reading, self._data_reading = _Reading(self._strong), _Reading(self._soft)
         self._absent = [
             (place, frozenset(keys)) for place, keys in self._missing.values() if isinstance(place, Mapping)
         ]
@@ -231,13 +229,13 @@ class Watch:
             return True
         if not all(map(is_, map(_bases, self._all_classes), self._saved_bases)):
             return True
-        if not all(map(is_, _read(self._readers, self._cells), self._fixed)):
+        if not all(map(is_, self._code_reading.read(), self._code_reading.expected)):
             return True
-        if any(id(name.read()) != number for name, number in self._weak):
+        if self._weak and any(id(name.read()) != number for name, number in self._weak):
             return True
-        if not all(place.keys().isdisjoint(keys) for place, keys in self._absent):
+        if self._absent and not all(place.keys().isdisjoint(keys) for place, keys in self._absent):
             return True
-        if any(name.read() is not MISSING for name in self._absent_elsewhere):
+        if self._absent_elsewhere and any(name.read() is not MISSING for name in self._absent_elsewhere):
             return True
         if list(map(len, self._places)) != self._lengths and self._has_other_keys():
             return True
@@ -256,8 +254,8 @@ class Watch:
         return False
 
     def _data_became_code(self) -> bool:
-        values = _read(self._soft_readers, self._soft_cells)
-        if not all(map(is_, map(type, values), self._types)):
+        values = self._data_reading.read()
+        if not all(map(is_, map(type, values), self._data_reading.expected)):
             known = {id(name.place): set[str]() for name, _ in self._containers}
             for name, _ in self._containers:
                 known[id(name.place)].add(name.key)
@@ -269,7 +267,7 @@ class Watch:
                     types_[key] = type(value)
                     if type(value) in _CONTAINERS and key not in known.get(id(place), ()):
                         self._containers.append((Name("", place, key), []))
-            self._soft_readers, self._soft_cells, self._types = _readers(self._soft)
+            self._data_reading = _Reading(self._soft)
         return any(_signature_at(name) != signature for name, signature in self._containers)
 
 
@@ -322,36 +320,49 @@ def _function_moved(known: tuple[weakref.ref[types.FunctionType], types.CodeType
     )
 
 
-_Readers = list[tuple[Any, Any]]
+class _Reading:
+    """Reads many keys of many places at once, always in the same order; raises KeyError where one is gone."""
+
+    def __init__(self, slots: Mapping[int, tuple[Any, Mapping[str, Any]]]) -> None:
+        self._getters: list[tuple[itemgetter[Any], Mapping[str, Any]]] = []
+        self._owners: list[Mapping[str, Any]] = []  # of few keys each, which are read one by one
+        self._keys: list[str] = []
+        self._others: list[tuple[Any, list[str]]] = []
+        self._cells: list[types.CellType] = []
+        several: list[Any] = []
+        few: list[Any] = []
+        others: list[Any] = []
+        cells: list[Any] = []
+        for place, keys in slots.values():
+            values = list(keys.values())
+            if isinstance(place, types.CellType):
+                self._cells.append(place)
+                cells += values
+            elif not isinstance(place, Mapping):
+                self._others.append((place, list(keys)))
+                others += values
+            elif len(keys) > _FEW:
+                self._getters.append((itemgetter(*keys), place))
+                several += values
+            else:
+                self._owners += [place] * len(keys)
+                self._keys += keys
+                few += values
+        self.expected: list[Any] = [*several, *few, *others, *cells]
+
+    def read(self) -> list[object]:
+        """Return what lies there now, in the order of ``expected``."""
+        values: list[object] = []
+        for getter, place in self._getters:
+            values += getter(place)
+        values += map(getitem, self._owners, self._keys)
+        for place, keys in self._others:
+            values += [place.get(key, MISSING) for key in keys]
+        values += map(_contents, self._cells)
+        return values
 
 
-def _readers(slots: Mapping[int, tuple[Any, Mapping[str, Any]]]) -> tuple[_Readers, list[types.CellType], list[Any]]:
-    """Return what reads many keys of each mapping at once, the cells, and the values in the order of reading."""
-    readers: _Readers = []
-    expected: list[Any] = []
-    cells = [(place, keys) for place, keys in slots.values() if isinstance(place, types.CellType)]
-    for place, keys in slots.values():
-        if isinstance(place, types.CellType):
-            continue
-        names = [*keys, *list(keys)[:1]]  # of one key, itemgetter would not return a tuple
-        getter = itemgetter(*names) if isinstance(place, Mapping) else functools.partial(_get_all, names=names)
-        readers.append((getter, place))
-        expected += [keys[name] for name in names]
-    for _, keys in cells:
-        expected += keys.values()
-    return readers, [cell for cell, _ in cells], expected
-
-
-def _get_all(place: Any, names: list[str]) -> list[object]:  # noqa: ANN401 - one of the places
-    return [place.get(name, MISSING) for name in names]
-
-
-def _read(readers: _Readers, cells: list[types.CellType]) -> list[object]:
-    values: list[object] = []
-    for getter, place in readers:
-        values += getter(place)
-    values += map(_contents, cells)
-    return values
+_FEW = 2
 
 
 #: Attributes of a class that others set and that are no code.
