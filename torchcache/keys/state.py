@@ -501,7 +501,8 @@ class _Snapshot:
                 parts.append((f"{kind} {named}", b"" if tensor is None else self._refer(tensor, named)))
         for kind in _HELD_BY_MODULES:
             # Torch's own layers look for nothing that their constructor did not make.
-            self._places.watch(attributes[kind], attributes[kind], may_grow=not is_torchs)
+            if attributes[kind] or not is_torchs:
+                self._places.watch(attributes[kind], attributes[kind], may_grow=not is_torchs)
         if not is_torchs and len(attributes["_modules"]) > 1:
             self._places.watch_order(attributes["_modules"])
         if is_inner:
