@@ -15,7 +15,7 @@ from torch import nn
 from torchcache import CacheOptions, ConfigError, cache_of, torchcache
 from torchcache.options import OPTION_NAMES, OptionArguments, parse_size
 
-SIZES = ["max_memory_cache_size", "max_persistent_cache_size", "queue_bytes"]
+SIZES = ["max_memory_cache_size", "max_persistent_cache_size", "queue_bytes", "min_free_disk"]
 SECONDS = ["queue_timeout_seconds", "lock_timeout_seconds", "flush_timeout_seconds"]
 
 #: Another legal value than the default, for each option.
@@ -32,6 +32,8 @@ OTHER = {
     "zstd_compression_level": 9,
     "version": "2",
     "eviction": "none",
+    "min_free_disk": "5GB",
+    "shared": "group",
     "when_grad": "bypass",
     "check_rows": False,
     "verify_hits": 0.01,
@@ -66,6 +68,7 @@ def test_the_defaults_are_those_of_the_design():
     assert options.zstd_compression_level == 3
     assert options.version is None
     assert (options.eviction, options.when_grad) == ("stale", "detach")
+    assert options.min_free_disk is options.shared is None
     assert (options.check_rows, options.verify_hits) == (True, 0.0)
     assert (options.queue_timeout_seconds, options.lock_timeout_seconds) == (5, 2)
 
@@ -286,7 +289,8 @@ def test_a_version_that_is_no_text_is_refused(value):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "right"), [("eviction", "stail", "'stale'"), ("when_grad", "detatch", "'detach'")]
+    ("name", "value", "right"),
+    [("eviction", "stail", "'stale'"), ("when_grad", "detatch", "'detach'"), ("shared", "grup", "'group'")],
 )
 def test_a_wrong_choice_gets_the_choices_and_the_nearest(name, value, right):
     message = refusal_of(**{name: value})
@@ -305,7 +309,7 @@ def test_a_choice_that_is_no_text_is_refused(name, value):
 
 @pytest.mark.parametrize("name", [name for name in OTHER if name != "enabled"])
 def test_every_option_may_be_an_attribute_and_is_checked_like_an_argument(name):
-    @torchcache(persistent=True)
+    @torchcache(persistent=True, persistent_cache_dir="/nowhere")
     class Module(nn.Module):
         def __init__(self, value):
             super().__init__()
@@ -364,6 +368,13 @@ def test_compression_without_persistence_is_refused_at_every_door():
         with pytest.raises(ConfigError, match="persistent=True") as caught:
             make()
         assert caught.value.argument == "zstd_compression"
+
+
+def test_a_temporary_cache_cannot_be_shared_with_a_group():
+    with pytest.raises(ConfigError, match="persistent_cache_dir") as caught:
+        torchcache(persistent=True, shared="group")(lambda x: x)
+    assert caught.value.argument == "shared"
+    torchcache(shared="group")(lambda x: x)  # who switches persistent off may leave the rest
 
 
 def test_a_combination_is_judged_after_the_attributes_are_merged():

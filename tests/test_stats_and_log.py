@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchcache import CacheStats, cache_of, log, set_logger_config, torchcache
+from torchcache import CacheStats, cache_of, flush_all, log, set_logger_config, torchcache
 from torchcache.storage.writer import writer
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +49,37 @@ def run_python(code, **environment):
         timeout=60,
         check=True,
     )
+
+
+def test_flush_all_commits_what_every_cache_of_the_process_accepted(tmp_path, monkeypatch):
+    def make(k):
+        @torchcache(persistent=True, persistent_cache_dir=tmp_path / str(k))
+        def function(x):
+            return x * k
+
+        return function
+
+    functions = [make(k) for k in (2, 3)]
+    assert flush_all()
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "_start", lambda: None)  # nobody writes
+        for function in functions:
+            function(batch(4))
+        assert [cache_of(f).stats().queued_rows for f in functions] == [4, 4]
+    assert flush_all()
+    assert [cache_of(f).stats().written_rows for f in functions] == [4, 4]
+    assert [cache_of(f).stats().queued_rows for f in functions] == [0, 0]
+
+
+def test_flush_all_says_if_the_time_was_too_short(cache_dir, monkeypatch):
+    @torchcache(persistent=True, persistent_cache_dir=cache_dir)
+    def function(x):
+        return x + 1
+
+    monkeypatch.setattr(writer, "_start", lambda: None)
+    function(batch(4))
+    assert not flush_all(0)
+    assert flush_all(5)
 
 
 # -- statistics ----------

@@ -20,7 +20,7 @@ from torchcache.log import configure_from_environment, set_logger_config
 from torchcache.stats import CacheStats
 
 if TYPE_CHECKING:
-    from torchcache.cache import Cache, disabled
+    from torchcache.cache import Cache, disabled, flush_all
     from torchcache.decorator import cache_of, torchcache
     from torchcache.options import CacheOptions
 
@@ -39,6 +39,7 @@ __all__ = [
     "UncacheableError",
     "cache_of",
     "disabled",
+    "flush_all",
     "set_logger_config",
     "torchcache",
 ]
@@ -48,6 +49,7 @@ _WITH_TORCH = {
     "CacheOptions": "torchcache.options",
     "cache_of": "torchcache.decorator",
     "disabled": "torchcache.cache",
+    "flush_all": "torchcache.cache",
     "torchcache": "torchcache.decorator",
 }
 

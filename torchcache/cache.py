@@ -45,6 +45,7 @@ from torchcache.reasons import remedy_for
 from torchcache.recheck import Verdicts, Witness, largest_row, row_distance, tolerance
 from torchcache.samples import Batch, CallSignature
 from torchcache.stats import CacheStats, Counters
+from torchcache.storage.access import GROUP, PRIVATE
 from torchcache.storage.contract import Verdict, Written
 from torchcache.storage.directory import CacheDirectory
 from torchcache.storage.lmdb import LmdbStore, StoreSettings
@@ -83,6 +84,21 @@ def disabled() -> Iterator[None]:
 def is_disabled() -> bool:
     """Tell whether caching is off here: inside ``disabled()`` or by TORCHCACHE_DISABLED."""
     return _disabled.get() or os.environ.get("TORCHCACHE_DISABLED", "") not in ("", "0")
+
+
+def flush_all(timeout_seconds: float | None = None) -> bool:
+    """Wait until every row that any cache of this process accepted so far is committed, or dropped and counted.
+
+    Other processes see a row as soon as it is committed. DDP ranks that call this and then wait for each other
+    at a barrier compute nothing that another one of them has computed before.
+
+    Args:
+        timeout_seconds: How long at most; the longest ``flush_timeout_seconds`` of the caches if None.
+
+    Returns:
+        Whether that was reached in time.
+    """
+    return writer.flush(writer.flush_seconds if timeout_seconds is None else timeout_seconds)
 
 
 @dataclass(slots=True)
@@ -870,10 +886,14 @@ class Cache:
             eviction=options.eviction,
             zstd_level=options.zstd_compression_level if options.zstd_compression else None,
             lock_timeout_seconds=options.lock_timeout_seconds,
+            min_free_bytes=options.min_free_disk,
         )
         try:
-            path = None if look.is_private else options.persistent_cache_dir
-            store = LmdbStore(CacheDirectory(path or temporary_directory()), look.module_hash, settings)
+            if look.is_private or options.persistent_cache_dir is None:
+                directory = CacheDirectory(temporary_directory())
+            else:
+                directory = CacheDirectory(options.persistent_cache_dir, GROUP if options.shared else PRIVATE)
+            store = LmdbStore(directory, look.module_hash, settings)
             store.announce()
         except Exception as error:  # noqa: BLE001 - a fault of the machine: the run goes on in memory
             self.on_fault(error, 0)

@@ -21,6 +21,7 @@ from torchcache.identity import Target
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.values import UnnamedValueError, encode_argument
 from torchcache.options import CacheOptions, OptionArguments
+from torchcache.storage import temporary
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -100,6 +101,16 @@ def cache_of(target: object) -> Cache:
         )
     cache.identify()
     return cache
+
+
+def _prepare(options: CacheOptions) -> None:
+    """Check the merged options, and see to it that a temporary directory is gone at the end.
+
+    Here and not at first use: workers may use it although this process never does.
+    """
+    options.check_combinations()
+    if options.enabled and options.persistent and options.persistent_cache_dir is None:
+        temporary.reserve()
 
 
 # -- classes ----------------------------------------------------------------------------------------------------
@@ -210,7 +221,7 @@ def _encode_arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any
 def _check_construction(module: nn.Module) -> None:
     """Check what only a whole instance can tell; called at the end of the outermost constructor."""
     options = _merged_options(module)
-    options.check_combinations()
+    _prepare(options)
     arguments = vars(module).get(_ARGUMENTS)
     if isinstance(arguments, UnnamedArgument) and options.enabled and not options.persistent_module_hash:
         warnings.warn(
@@ -241,7 +252,7 @@ def _cache_of_instance(module: nn.Module) -> Cache | None:
 
 def _make_cache(module: nn.Module) -> Cache:
     options = _merged_options(module)
-    options.check_combinations()
+    _prepare(options)
     arguments = vars(module).get(_ARGUMENTS, b"")
     with _making:
         cache = _caches.get(id(module))
@@ -353,7 +364,7 @@ def _decorate_instance(module: nn.Module, options: CacheOptions) -> nn.Module:
             f"torchcache() cannot decorate a {type(module).__qualname__}: its code is not Python any more; call it "
             "from a module or function of your own and decorate that"
         )
-    options.with_attributes(module).check_combinations()
+    _prepare(options.with_attributes(module))
     forward = _CachedForward(module, options)
     module.forward = forward
     forward.cache(module)
@@ -366,7 +377,7 @@ def _decorate_instance(module: nn.Module, options: CacheOptions) -> nn.Module:
 def _decorate_function(function: types.FunctionType, options: CacheOptions) -> Callable[..., Any]:
     if hasattr(function, "__torchcache_original__"):
         raise ConfigError(f"{function.__qualname__} is decorated with torchcache() already; drop one of the two")
-    options.check_combinations()
+    _prepare(options)
     if not options.enabled:
         return function
     cache = Cache(Target(name=function.__qualname__, code=function, function=function), lambda: options)

@@ -50,7 +50,9 @@ class OptionArguments(TypedDict, total=False):
     zstd_compression: bool
     zstd_compression_level: int
     version: str | None
+    min_free_disk: float | str | None
     eviction: str
+    shared: str | None
     when_grad: str
     check_rows: bool
     verify_hits: float
@@ -182,6 +184,11 @@ def _one_of(*choices: str) -> Callable[[str, object], str]:
     return check
 
 
+def _one_of_or_none(*choices: str) -> Callable[[str, object], str | None]:
+    check = _one_of(*choices)
+    return lambda name, value: None if value is None else check(name, value)
+
+
 def _option(default: object, check: Callable[[str, object], object], *, shapes_key: bool) -> Any:  # noqa: ANN401 - as field()
     """Declare an option: its default, its check, and whether it enters the module hash."""
     return field(default=default, metadata={"check": check, "shapes_key": shapes_key})
@@ -200,6 +207,8 @@ class CacheOptions:
             weights; a plain file name.
         max_memory_cache_size: Limit of the memory tier in bytes, per cache and process.
         max_persistent_cache_size: Budget of everything under ``persistent_cache_dir`` in bytes.
+        min_free_disk: How many bytes of the file system stay free for others; writing stops before. None for
+            the smaller of 1e9 and 2 % of the file system.
         memory_cache_device: Device of the memory tier; None for the device of the module's output.
         cache_dtype: Floating outputs are stored in it and come back in their own dtype.
         zstd_compression: Compress records on disk.
@@ -207,6 +216,8 @@ class CacheOptions:
         version: Any string; another one starts afresh.
         eviction: What makes room on disk: "stale" removes what nobody touched for an hour, "lru" the
             least recently used, "none" nothing.
+        shared: None for files that only this user can read; "group" for a directory that the members of its
+            group use together (modes 2770 and 0660).
         when_grad: What parameters that require grad do while grad mode is on: "detach", "bypass"
             or "raise".
         check_rows: Compute one row that is cached once more with the second batch of a namespace; if it comes
@@ -226,12 +237,14 @@ class CacheOptions:
     persistent_module_hash: str | None = _option(None, _file_name, shapes_key=False)
     max_memory_cache_size: int = _option(int(1e9), parse_size, shapes_key=False)
     max_persistent_cache_size: int = _option(int(10e9), parse_size, shapes_key=False)
+    min_free_disk: int | None = _option(None, _optional_size, shapes_key=False)
     memory_cache_device: torch.device | None = _option(torch.device("cpu"), _device, shapes_key=False)
     cache_dtype: torch.dtype | None = _option(None, _floating_dtype, shapes_key=True)
     zstd_compression: bool = _option(False, _flag, shapes_key=True)
     zstd_compression_level: int = _option(3, _level, shapes_key=False)
     version: str | None = _option(None, _optional_text, shapes_key=True)
     eviction: str = _option("stale", _one_of("stale", "none", "lru"), shapes_key=False)
+    shared: str | None = _option(None, _one_of_or_none("group"), shapes_key=False)
     when_grad: str = _option("detach", _one_of("detach", "bypass", "raise"), shapes_key=False)
     check_rows: bool = _option(True, _flag, shapes_key=False)
     verify_hits: float = _option(0.0, _share, shapes_key=False)
@@ -280,13 +293,18 @@ class CacheOptions:
         """Check what only the merged options can tell.
 
         Raises:
-            ConfigError: If ``zstd_compression`` is set without ``persistent``.
+            ConfigError: If ``zstd_compression`` is set without ``persistent``, or ``shared`` without a directory.
         """
         if self.zstd_compression and not self.persistent:
             raise ConfigError(
                 "zstd_compression=True has no effect without persistent=True: only the disk tier is "
                 "compressed; set persistent=True or drop zstd_compression",
                 argument="zstd_compression",
+            )
+        if self.shared is not None and self.persistent and self.persistent_cache_dir is None:
+            raise ConfigError(
+                f"shared={self.shared!r} needs a persistent_cache_dir: without one the cache is temporary and private",
+                argument="shared",
             )
         if self.persistent_cache_dir is not None and not self.persistent:
             warn_once(

@@ -2,9 +2,14 @@
 
 Fork: LMDB's handles, our locks and the writer thread must not be in use at that moment, or the child
 inherits them half-way. Before a fork the writer is parked, a gate in front of every LMDB transaction
-is closed once nobody is inside, the environments are closed (each side opens its own at next use: an
-environment closed by the child would free the parent's reader slots), and the locks are taken. All
-waits are bounded; if something did not come to rest in time, the child never touches it.
+is closed once nobody is inside, the locks are taken (so that nobody is opening an environment), and the
+environments are closed (each side opens its own at next use: an environment closed by the child would free
+the parent's reader slots). All waits are bounded; what did not come to rest in time stays open, and the
+child never touches it.
+
+One thread forks at a time: from Python 3.12 on filelock makes ``os.fork()`` raise while another thread is
+inside one, and it asks before any hook of ours could make the second wait. So an audit hook waits, which has to
+be there before filelock's own.
 
 Exit: callbacks run at a normal end of the program and of multiprocessing's children, where Python up
 to 3.12 does not run ``atexit``.
@@ -19,6 +24,7 @@ import functools
 import logging  # noqa: F401 - registers its own fork hooks before ours, so that ours run first
 import multiprocessing
 import os
+import sys
 import threading
 import time
 import weakref
@@ -27,8 +33,6 @@ from contextlib import contextmanager
 from multiprocessing import util as multiprocessing_util
 from types import TracebackType
 from typing import Protocol
-
-import filelock  # noqa: F401 - as logging
 
 #: How long a fork waits for transactions and for the writer to park before the child goes without them.
 FORK_DRAIN_SECONDS = 5.0
@@ -99,7 +103,7 @@ class Gate:
     def __init__(self) -> None:
         self._condition = threading.Condition()
         self._inside = 0  # guarded by _condition
-        self._closers = 0  # guarded by _condition; who keeps it closed
+        self._closers: set[object] = set()  # guarded by _condition; who keeps it closed
 
     def enter(self) -> None:
         """Go in for one transaction; user code must not run before ``leave``.
@@ -116,24 +120,26 @@ class Gate:
             if self._closers:
                 self._condition.notify_all()
 
-    def close(self, timeout_seconds: float) -> bool:
-        """Let nobody in until ``open``; return whether everybody left in time."""
+    def close(self, closer: object, timeout_seconds: float) -> bool:
+        """Let nobody in until the same ``closer`` opens it; return whether everybody left in time."""
         with self._condition:
-            self._closers += 1
+            self._closers.add(closer)
             return self._condition.wait_for(lambda: self._inside == 0, timeout=timeout_seconds)
 
-    def open(self) -> None:
+    def open(self, closer: object) -> None:
+        """Take back what ``closer`` closed, if it did."""
         with self._condition:
-            self._closers -= 1
+            self._closers.discard(closer)
             self._condition.notify_all()
 
     @contextmanager
     def alone(self, timeout_seconds: float) -> Iterator[bool]:
         """Be the only one inside, to close an environment; yields whether everybody left in time."""
+        closer = object()
         try:
-            yield self.close(timeout_seconds)
+            yield self.close(closer, timeout_seconds)
         finally:
-            self.open()
+            self.open(closer)
 
     def renew(self) -> None:
         """Start afresh in a forked child."""
@@ -147,22 +153,22 @@ class ForkListener(Protocol):
         """Come to rest by ``deadline`` (of ``time.monotonic``); return whether that succeeded."""
 
     def at_rest(self) -> None:
-        """Close what must not be inherited; called when everybody rests and nobody is inside the gate."""
+        """Close what must not be inherited; everybody rests, nobody is inside the gate, all locks are taken."""
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
 
-    def after_fork_in_child(self, *, is_clean: bool) -> None:
-        """Start afresh; unless ``is_clean``, never touch what was inherited."""
+    def after_fork_in_child(self) -> None:
+        """Start afresh; never touch what is still open."""
 
 
 gate = Gate()
 
 _locks: weakref.WeakSet[ForkLock] = weakref.WeakSet()
 _listeners: weakref.WeakSet[ForkListener] = weakref.WeakSet()
-_one_fork = threading.RLock()
+_fork_turn = threading.Lock()
+_forker: int | None = None  # the thread whose turn it is
 _taken: dict[ForkLock, bool] = {}
-_is_clean = True
 _generation = 0
 _exit_callbacks: dict[Callable[[], None], bool] = {}
 _exit_pid = 0
@@ -207,44 +213,78 @@ def _weak_callback(callback: Callable[[], None]) -> Callable[[], Callable[[], No
     return weakref.WeakMethod(callback) if hasattr(callback, "__self__") else lambda: callback
 
 
+def _take_fork_turn() -> None:
+    """Wait until no other thread is forking, for a time that a fork outwaits; then it is this thread's turn.
+
+    A turn that was never given back, because another audit hook refused the fork, is taken over.
+    """
+    global _forker  # noqa: PLW0603 - fork hooks have no other place for what one tells the next
+    me = threading.get_ident()
+    if _forker != me:
+        _fork_turn.acquire(timeout=2 * FORK_DRAIN_SECONDS)
+        _forker = me
+
+
+def _give_fork_turn_back() -> None:
+    global _forker  # noqa: PLW0603 - as above
+    if _forker == threading.get_ident():
+        _forker = None
+        _fork_turn.release()
+
+
 def _before_fork() -> None:
-    global _is_clean  # noqa: PLW0603 - fork hooks have no other place for what one tells the next
-    _one_fork.acquire(timeout=2 * FORK_DRAIN_SECONDS)
+    """Bring everything to rest. An interrupt may end it anywhere: then the fork goes on with the rest open."""
+    _take_fork_turn()
     deadline = time.monotonic() + FORK_DRAIN_SECONDS
     rested = [listener.before_fork(deadline) for listener in list(_listeners)]
-    drained = gate.close(max(0.0, deadline - time.monotonic()))
-    _is_clean = drained and all(rested)
-    if _is_clean:
-        for listener in list(_listeners):
-            listener.at_rest()
+    drained = gate.close(_fork_turn, max(0.0, deadline - time.monotonic()))
     _taken.clear()
     for lock in list(_locks):
         _taken[lock] = lock.take_for_fork()
+    if drained and all(rested):  # now nobody opens anything any more either
+        for listener in list(_listeners):
+            listener.at_rest()
 
 
 def _after_fork_in_parent() -> None:
     for lock, taken in _taken.items():
         lock.free_in_parent(taken=taken)
     _taken.clear()
-    gate.open()
+    gate.open(_fork_turn)
     for listener in list(_listeners):
         listener.after_fork_in_parent()
-    _one_fork.release()
+    _give_fork_turn_back()
 
 
 def _after_fork_in_child() -> None:
-    global _one_fork, _generation  # noqa: PLW0603 - the parent's other threads may have held the lock
+    global _fork_turn, _forker, _generation  # noqa: PLW0603 - as above
     _generation += 1
     for lock in list(_locks):
         lock.free_in_child(taken=_taken.get(lock, False))
     _taken.clear()
     gate.renew()
-    _one_fork = threading.RLock()
+    _fork_turn, _forker = threading.Lock(), None
     for listener in list(_listeners):
-        listener.after_fork_in_child(is_clean=_is_clean)
+        listener.after_fork_in_child()
+
+
+def _audit(
+    event: str,
+    _arguments: object,
+    *,
+    _events: frozenset[str] = frozenset({"os.fork", "os.forkpty"}),
+    _take_turn: Callable[[], None] = _take_fork_turn,
+) -> None:
+    """See the module's docstring; defaults, since audit hooks outlive the module's own names."""
+    if event in _events:
+        _take_turn()
 
 
 if hasattr(os, "register_at_fork"):
+    if sys.version_info >= (3, 12):  # filelock's own hook exists from there on
+        sys.addaudithook(_audit)
+    import filelock  # noqa: F401 - its audit hook after ours, its fork hooks before
+
     os.register_at_fork(
         before=_before_fork,
         after_in_parent=_after_fork_in_parent,

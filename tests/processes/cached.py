@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,10 +11,11 @@ from torch.utils.data import Dataset
 import torchcache
 
 
-@torchcache.torchcache(persistent=True, persistent_cache_dir=os.environ.get("TEST_CACHE_DIR"))
+@torchcache.torchcache(persistent=True)
 class Encoder(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, cache_dir: Path | None) -> None:
         super().__init__()
+        self.torchcache_persistent_cache_dir = cache_dir
         self.linear = nn.Linear(8, 1000)
         nn.init.eye_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
@@ -24,21 +25,34 @@ class Encoder(nn.Module):
 
 
 class Encoded(Dataset):
-    """Sample ``i`` encoded, with how many rows this process had to compute so far and where it caches."""
+    """Sample ``i`` encoded, and where it is cached; what had to be computed is noted in a file.
 
-    def __init__(self, n: int, fails_at: int | None = None) -> None:
-        self.encoder = Encoder().requires_grad_(False)
+    Args:
+        n: How many samples there are.
+        cache_dir: Where they are cached; None for the temporary directory.
+        notes: The file, one line a sample.
+        fails_at: Asking for this sample raises.
+    """
+
+    def __init__(self, n: int, cache_dir: Path | None, notes: Path, fails_at: int | None = None) -> None:
+        self.encoder = Encoder(cache_dir).requires_grad_(False)
         self.n = n
+        self.notes = notes
         self.fails_at = fails_at
 
     def __len__(self) -> int:
         return self.n
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int, str]:
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, str]:
         if i == self.fails_at:
             raise RuntimeError("the worker fails on purpose")
+        cache = self.encoder.cache_instance
+        before = cache.stats().misses
         x = torch.full((1, 8), float(i))
         y = self.encoder(x)[0]
         assert torch.equal(y[:8], x[0])
-        cache = self.encoder.cache_instance
-        return y, cache.stats().misses, str(cache.cache_dir)
+        assert not y[8:].any()
+        if cache.stats().misses > before:
+            with self.notes.open("a") as file:
+                file.write(f"{i}\n")
+        return y, str(cache.cache_dir)

@@ -96,6 +96,13 @@ def write_in_a_worker(root: Path, first: int, n: int, ending: str) -> None:
         sys.exit(3)
 
 
+def use_temporary() -> None:
+    """Accept a row in a worker's temporary directory."""
+    from torchcache.storage.temporary import temporary_directory
+
+    assert enqueue(open_store(temporary_directory()), [1])
+
+
 def look_at_temporary(expected: Path) -> None:
     """Fail in a worker whose temporary directory is not its parent's."""
     from torchcache.storage.temporary import temporary_directory

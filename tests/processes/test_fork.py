@@ -347,3 +347,32 @@ def test_locks_held_by_another_thread_at_the_fork_are_free_in_the_child(root):
     thread.join(5)
     assert lock.acquire(0)
     assert broken == []
+
+
+@in_a_process_of_its_own
+def test_threads_that_fork_at_the_same_moment_all_succeed(root):
+    """From Python 3.12 on, filelock alone makes all but one of them raise RuntimeError."""
+    store = open_store(root)
+    observer = Observer()
+    assert enqueue(store, range(20), observer=observer)
+    failures = []
+    start_together = threading.Barrier(4)
+
+    def fork_again_and_again():
+        try:
+            for _ in range(25):
+                start_together.wait(20)
+                assert in_child(lambda: len(queue_hits(store, range(20)) | store_hits(store, range(20)))) == 20
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            failures.append(error)
+            start_together.abort()
+
+    threads = [threading.Thread(target=fork_again_and_again) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(50)
+    assert failures == []
+    assert writer.flush(10)
+    assert store_hits(store, range(20)) == set(range(20))
+    assert observer.faults == []

@@ -26,10 +26,23 @@ print(path, flush=True)
 WAIT = USE + "sys.stdin.read()\n"
 
 
-def make_old(path: Path) -> None:
-    """Directories that are a minute old are looked at by others."""
-    past = time.time() - 3600
-    os.utime(path, (past, past))
+WORKER = """
+import multiprocessing, sys
+from tests.processes.programs import use_temporary
+
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("spawn").Process(target=use_temporary)
+    worker.start()
+    worker.join(20)
+    print(worker.exitcode, flush=True)
+    sys.stdin.read()
+"""
+
+
+def make_old(path: Path, seconds: float = 7200.0) -> None:
+    past = time.time() - seconds
+    for entry in (path, *path.iterdir()):
+        os.utime(entry, (past, past))
 
 
 def test_it_is_private_and_gone_at_the_end(temporary):
@@ -67,7 +80,6 @@ def test_the_one_of_a_killed_program_is_taken_away_by_a_later_one_and_that_of_a_
     killed.kill()
     killed.communicate()
     assert left.exists()
-    make_old(left)
     make_old(kept)
     run(USE)
     assert not left.exists()
@@ -75,26 +87,38 @@ def test_the_one_of_a_killed_program_is_taken_away_by_a_later_one_and_that_of_a_
     finish(living)
 
 
-def test_one_that_was_just_made_is_left_alone(temporary):
-    """Its owner may not have come to lock it yet."""
-    killed = start(WAIT)
-    left = Path(read_line(killed))
-    killed.kill()
-    killed.communicate()
+def test_one_that_only_workers_used_is_kept_for_an_hour(temporary):
+    """Its program may live, and start workers again; it does not lock what it does not use."""
+    program = start(WORKER)
+    assert read_line(program) == "0"
+    (kept,) = temporary.iterdir()
     run(USE)
-    assert left.exists()
-    make_old(left)
+    assert kept.exists()
+    program.kill()
+    program.communicate()
+    make_old(kept)
     run(USE)
-    assert not left.exists()
+    assert not kept.exists()
+
+
+def test_one_that_is_just_being_made_is_left_alone(temporary):
+    """Its maker has not come to lock it yet."""
+    being_made = temporary / f"torchcache-tmp-{'0' * 32}"
+    being_made.mkdir(mode=0o700)
+    run(USE)
+    assert being_made.exists()
+    make_old(being_made)
+    run(USE)
+    assert not being_made.exists()
 
 
 def test_what_only_looks_like_one_is_left_alone(temporary, tmp_path):
     victim = tmp_path / "victim"
     victim.mkdir()
     (victim / "precious").write_text("kept")
-    link = temporary / "torchcache-tmp-link"
+    link = temporary / f"torchcache-tmp-{'0' * 32}"
     link.symlink_to(victim)
-    shared = temporary / "torchcache-tmp-shared"
+    shared = temporary / f"torchcache-tmp-{'1' * 32}"
     shared.mkdir()
     shared.chmod(0o777)
     make_old(shared)
@@ -117,8 +141,8 @@ def child():
     assert temporary_directory() == path
 
 if __name__ == "__main__":
-    for method in ("fork", "spawn"):
-        worker = multiprocessing.get_context(method).Process(target=look, args=(path,)) if method == "spawn" else (
+    for method in ("fork", "spawn", "forkserver"):
+        worker = multiprocessing.get_context(method).Process(target=look, args=(path,)) if method != "fork" else (
             multiprocessing.get_context("fork").Process(target=child))
         worker.start()
         worker.join(20)
@@ -142,7 +166,7 @@ if __name__ == "__main__":
 
 
 def test_another_program_started_by_this_one_has_its_own(temporary):
-    """The variable that spawned workers read is inherited by any program that is started."""
+    """Only what multiprocessing starts belongs to a program."""
     said = run(
         USE
         + f"""

@@ -63,64 +63,80 @@ def test_what_a_pool_accepted_is_committed_when_it_is_closed(root, method):
 
 
 LOADER = """
-import json, sys
+import json, multiprocessing, sys, warnings
+from pathlib import Path
 from torch.utils.data import DataLoader
 from tests.processes.cached import Encoded
 
-if __name__ == "__main__":
-    method, ending = sys.argv[1], sys.argv[2]
+warnings.filterwarnings("ignore", "'pin_memory' argument is set as true")
+N = 48
+
+
+def load(dataset, method, ending, epochs=1):
     loader = DataLoader(
-        Encoded(64, fails_at=50 if ending == "exception" else None),
-        batch_size=4, num_workers=2, multiprocessing_context=method, persistent_workers=ending == "persistent",
+        dataset, batch_size=4, num_workers=2, multiprocessing_context=method, pin_memory=ending == "pinned",
+        persistent_workers=ending == "persistent",
     )
-    misses = rows = 0
-    directories = set()
-    iterator = iter(loader)
-    try:
-        for y, computed, where in iterator:
-            rows += len(y)
-            misses = max(misses, int(computed.max()))
-            directories |= set(where)
-            if ending == "break" and rows == 40:
-                break
-    except RuntimeError as error:
-        assert "on purpose" in str(error), error
-    del iterator
-    print(json.dumps({"rows": rows, "misses": misses, "directories": sorted(directories)}))
+    where = set()
+    for _ in range(epochs):
+        iterator = iter(loader)
+        if ending == "unread":
+            break
+        try:
+            for number, (y, directories) in enumerate(iterator):
+                assert y.shape == (4, 1000)
+                where |= set(directories)
+                if ending == "break" and number == 3:
+                    break
+        except RuntimeError as error:
+            assert "on purpose" in str(error), error
+        del iterator
+    return sorted(where)
+
+
+if __name__ == "__main__":
+    place, method, endings = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    multiprocessing.set_forkserver_preload(["tests.processes.cached"])
+    said = {}
+    for ending in endings:
+        cache_dir = None if ending == "temporary" else place / ending
+        first, second = place / f"{ending} first", place / f"{ending} second"
+        dataset = Encoded(N, cache_dir, first, fails_at=30 if ending == "exception" else None)
+        if ending == "used before":
+            for i in range(8):
+                dataset[i]
+        where = load(dataset, method, ending, epochs=2 if ending == "persistent" else 1)
+        dataset.notes, dataset.fails_at = second, None
+        where += load(dataset, method, "normal")
+        computed = [[int(i) for i in notes.read_text().split()] if notes.exists() else [] for notes in (first, second)]
+        said[ending] = {"first": computed[0], "second": computed[1], "where": sorted(set(where))}
+    print(json.dumps(said))
 """
 
-
-def load(method: str, ending: str = "normal", **environment: str) -> dict:
-    return json.loads(run(LOADER, method, ending, timeout_seconds=60, **environment).splitlines()[0])
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_second_run_with_loader_workers_computes_nothing(root, method):
-    first = load(method, TEST_CACHE_DIR=str(root))
-    assert (first["rows"], first["misses"]) == (64, 32)
-    second = load(method, TEST_CACHE_DIR=str(root))
-    assert (second["rows"], second["misses"]) == (64, 0)
+ORDERLY = ["normal", "persistent", "pinned", "used before"]
+EARLY = ["break", "exception", "unread"]
+TEMPORARY = ["temporary"]
 
 
-def test_persistent_loader_workers_lose_nothing_either(root):
-    assert load("fork", "persistent", TEST_CACHE_DIR=str(root))["misses"] == 32
-    assert load("fork", TEST_CACHE_DIR=str(root))["misses"] == 0
-
-
-@pytest.mark.parametrize("ending", ["exception", "break"])
-def test_what_loader_workers_computed_before_an_early_end_is_not_computed_again(root, ending):
-    before = load("fork", ending, TEST_CACHE_DIR=str(root))
-    assert before["rows"] < 64
-    after = load("fork", TEST_CACHE_DIR=str(root))
-    assert after["rows"] == 64
-    assert after["misses"] <= (64 - before["rows"]) // 2
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_loader_workers_share_one_temporary_directory_that_is_gone_at_the_end(method, temporary):
-    """Workers that start before the parent used its cache would each have one of their own."""
-    program = LOADER.replace("    misses = rows = 0", "    loader.dataset[0]\n    misses = rows = 0")
-    said = json.loads(run(program, method, "normal", timeout_seconds=60).splitlines()[0])
-    (directory,) = said["directories"]
-    assert directory.startswith(str(temporary))
-    assert list(temporary.iterdir()) == []
+@pytest.mark.parametrize(
+    ("method", "endings"),
+    [
+        ("fork", [*ORDERLY, *EARLY, *TEMPORARY]),
+        ("forkserver", [*ORDERLY, *EARLY, *TEMPORARY]),
+        ("spawn", TEMPORARY),  # each worker imports torch anew
+    ],
+)
+def test_what_loader_workers_computed_is_not_computed_again(root, temporary, method, endings):
+    """Each pair of rounds has its own directory; a worker notes what it computed."""
+    root.mkdir(mode=0o700)
+    said = json.loads(run(LOADER, root, method, *endings, timeout_seconds=100).splitlines()[0])
+    assert list(said) == endings
+    for ending, rounds in said.items():
+        first, second = rounds["first"], rounds["second"]
+        assert len(set(first)) == len(first), f"{ending}: the first round computed rows twice"
+        assert set(first).isdisjoint(second), f"{ending}: what the first round computed was lost"
+        assert {*first, *second} == set(range(48)), ending
+        assert len(first) == 48 or ending in EARLY, ending
+        assert len(rounds["where"]) == 1, f"{ending}: processes cached in different places"
+        assert rounds["where"][0].startswith(str(temporary if ending in TEMPORARY else root / ending)), ending
+    assert [entry.name for entry in temporary.iterdir() if not entry.name.startswith("pymp-")] == []

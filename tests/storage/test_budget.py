@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import random
+import shutil
 import threading
 import time
 
@@ -29,6 +30,7 @@ from tests.storage.known_values import (
 from torchcache.storage import budget as budgets
 from torchcache.storage import lmdb as lmdb_store
 from torchcache.storage.contract import Verdict
+from torchcache.storage.directory import CacheDirectory
 
 NAMESPACES = [b"%016d" % i for i in range(6)]
 
@@ -636,7 +638,7 @@ def test_clearing_makes_room_at_once(root):
     store = open_store(root, budget_bytes=1_000_000)
     fill(store)
     store.delete_all()
-    assert not store.is_full()
+    assert store.shortage() is None
     assert directory_bytes(root) < 20_000
     assert put(store, digests_of(range(20)), nbytes=3000).rows == 20
 
@@ -644,6 +646,73 @@ def test_clearing_makes_room_at_once(root):
 def test_a_full_store_rests_and_asks_again(root, monkeypatch):
     monkeypatch.setattr(budgets, "_REST_SECONDS", 60.0)
     store = open_store(root, budget_bytes=1_000_000)
-    assert not store.is_full()
+    assert store.shortage() is None
     fill(store)
-    assert store.is_full()
+    assert store.shortage() == "budget"
+
+
+# -- a disk that others fill ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """A file system of 100 GB that is as full as a test says."""
+
+    class Disk:
+        total, free = int(100e9), int(50e9)
+
+    monkeypatch.setattr(CacheDirectory, "free_disk_bytes", lambda _: (Disk.free, Disk.total))
+    return Disk
+
+
+@pytest.mark.parametrize(
+    ("total", "min_free", "least"),
+    [
+        (int(100e9), None, int(1e9)),
+        (int(10e9), None, int(0.2e9)),
+        (int(100e9), int(30e9), int(30e9)),
+        (int(100e9), 0, 0),
+    ],
+)
+def test_writing_stops_before_the_disk_has_less_room_than_min_free_disk(root, disk, caplog, total, min_free, least):
+    store = open_store(root, min_free_bytes=min_free)
+    disk.total, disk.free = total, least + (8 << 20)
+    assert put(store, digests_of(range(10)), nbytes=3000).rows == 10
+    disk.free = least + 20_000
+    with caplog.at_level(logging.WARNING):
+        for first in (10, 20):
+            assert put(store, digests_of(range(first, first + 10)), nbytes=3000).dropped == {"min_free_disk": 10}
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "min_free_disk" in said
+    assert str(root) in said
+    assert hits_of(store, digests_of(range(30))) == set(range(10))
+    disk.free = least + (8 << 20)
+    assert put(store, digests_of(range(10, 20)), nbytes=3000).rows == 10
+
+
+def test_no_store_is_made_on_a_disk_that_is_nearly_full(root, disk):
+    disk.free = int(1e9) + 1000
+    store = open_store(root)
+    assert put(store, digests_of(range(10))).dropped == {"min_free_disk": 10}
+    assert directory_bytes(root) < 10_000
+
+
+def test_a_file_system_that_does_not_say_how_large_it_is_is_written_to(root, disk):
+    disk.free = disk.total = 0
+    assert put(open_store(root), digests_of(range(10))).rows == 10
+
+
+def test_on_a_nearly_full_disk_lru_writes_into_pages_of_its_own(root, disk):
+    """What others need the disk for is not a reason to keep old rows for ever."""
+    store = open_store(root, eviction="lru", budget_bytes=100 << 20)
+    put(store, digests_of(range(2000)), nbytes=3000)
+    disk.free = int(1e9) + 1000
+    before = directory_bytes(root)
+    rows = sum(put(store, digests_of(range(first, first + 20)), nbytes=3000).rows for first in range(5000, 5600, 20))
+    assert rows > 300
+    assert directory_bytes(root) <= before + (1 << 20)
+
+
+def test_the_real_disk_is_asked(root):
+    free, total = CacheDirectory(root).free_disk_bytes()
+    assert 0 < free <= total == shutil.disk_usage(root).total

@@ -32,6 +32,7 @@ from tests.storage.known_values import (
     put,
 )
 from torchcache.errors import StoreError
+from torchcache.storage.directory import CacheDirectory
 from torchcache.storage.environment import FORMAT, FORMAT_KEY
 
 NOBODY = 65534
@@ -513,7 +514,31 @@ def test_on_a_full_disk_lookups_go_on_and_writes_resume_when_there_is_room(tmp_p
         in_child(fill_and_resume, path)
 
 
+def test_a_disk_that_others_filled_is_left_to_them_and_writes_resume_when_there_is_room(tmp_path):
+    with tmpfs(tmp_path / "small", "16m") as path:
+        in_child(leave_room_and_resume, path)
+
+
+def leave_room_and_resume(path):
+    store = open_store(path / "cache")
+    put(store, digests_of(range(20)), nbytes=10_000)
+    with (path / "checkpoint").open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(path).free - 500_000)
+    for first in range(100, 200, 10):
+        put(store, digests_of(range(first, first + 10)), nbytes=10_000)
+    assert shutil.disk_usage(path).free >= (16 << 20) // 50
+    assert hits_of(store, digests_of(range(20))) == set(range(20))
+    (path / "checkpoint").unlink()
+    assert put(store, digests_of(range(300, 310)), nbytes=10_000).rows == 10
+
+
+def do_not_look_at_the_disk():
+    """Somebody else may fill the disk between the look and the commit."""
+    CacheDirectory.free_disk_bytes = lambda _: (0, 0)
+
+
 def fill_and_resume(path):
+    do_not_look_at_the_disk()
     store = open_store(path / "cache")
     put(store, digests_of(range(20)), nbytes=10_000)
     fill(path / "filler")
@@ -553,6 +578,7 @@ def test_opening_on_a_full_disk_is_no_signal(tmp_path, state):
 
 
 def use_on_a_full_disk(cache):
+    do_not_look_at_the_disk()
     for _ in range(2):
         with contextlib.suppress(StoreError):
             store = open_store(cache)

@@ -43,8 +43,8 @@ class FakeStore:
     full: bool = False
     path: Path = field(default_factory=lambda: Path(f"store-{next(_numbers)}"))
 
-    def is_full(self) -> bool:
-        self._fail("is_full")
+    def shortage(self) -> str | None:
+        self._fail("shortage")
         return self.full
 
     def pack(self, namespace: bytes, rows: Rows) -> Packed:
@@ -385,7 +385,7 @@ def test_tasks_are_the_parents_after_a_fork(writer, store, observer):
     store.let_through.set()
     assert writer.before_fork(time.monotonic() + 10)
     assert writer._tasks == 1
-    writer.after_fork_in_child(is_clean=True)
+    writer.after_fork_in_child()
     assert (writer._tasks, len(writer._waiting)) == (0, 0)
 
 
@@ -528,7 +528,7 @@ def test_a_full_store_is_not_packed_for(writer, store, observer):
 
 @pytest.mark.parametrize(
     ("error", "where"),
-    [(error, where) for error in ERRORS for where in ("put_many", "pack", "is_full")]
+    [(error, where) for error in ERRORS for where in ("put_many", "pack", "shortage")]
     + [(error, "put_many") for error in EXITS],
 )
 def test_a_store_that_raises_costs_only_its_rows(writer, store, observer, error, where):

@@ -34,6 +34,10 @@ STALE_SECONDS = 3600.0
 #: times what is needed has to be free before the reserve is touched.
 FREE_FACTOR = 3
 
+#: How much of a file system is left to others by default: 1 GB, or a fiftieth of a small one.
+_MIN_FREE_BYTES = int(1e9)
+_MIN_FREE_SHARE = 50
+
 #: A full store is asked again after this time.
 _REST_SECONDS = 10.0
 
@@ -52,37 +56,55 @@ class Budget:
     """How many bytes a cache directory may have, as one cache of this process sees it.
 
     ``allows`` and its likes are called in the directory's turn, after ``CacheDirectory.measure``.
+
+    Args:
+        directory: The cache directory.
+        limit_bytes: The budget.
+        min_free_bytes: How much of the file system must stay free, for checkpoints and the like; None for
+            the smaller of 1 GB and 2 % of it.
     """
 
-    def __init__(self, directory: CacheDirectory, limit_bytes: int) -> None:
+    def __init__(self, directory: CacheDirectory, limit_bytes: int, min_free_bytes: int | None = None) -> None:
         self._directory = directory
         self._limit = limit_bytes
+        self._min_free = min_free_bytes
         self._resting_until = 0.0
-        self._is_said = False
+        self._short = "budget"
+        self._said: set[str] = set()
 
     def allows(self, growth_bytes: int, free_bytes: int) -> bool:
         """Tell whether a commit that grows the file by at most ``growth_bytes`` fits.
 
-        Above the reserve only if plenty of the file's pages are free, so that it will hardly grow.
+        Above the reserve, and on a disk that is nearly full, only if plenty of the file's pages are free, so
+        that it will hardly grow.
         """
-        after = self._directory.used_bytes() + growth_bytes
-        if after <= self._limit - self._reserve():
-            return True
-        return after <= self._limit and free_bytes >= FREE_FACTOR * growth_bytes
+        return self._allows(growth_bytes, free_bytes, self._reserve())
 
     def allows_mark(self, growth_bytes: int, free_bytes: int) -> bool:
         """Tell whether a mark of use or a verdict fits, which a full store needs too.
 
         It may take half of the reserve; deletions keep the other half.
         """
-        after = self._directory.used_bytes() + growth_bytes
-        if after <= self._limit - self._reserve() // 2:
-            return True
-        return after <= self._limit and free_bytes >= FREE_FACTOR * growth_bytes
+        return self._allows(growth_bytes, free_bytes, self._reserve() // 2)
 
     def allows_new(self, nbytes: int) -> bool:
         """Tell whether something new of at most ``nbytes`` fits."""
-        return self._directory.used_bytes() + nbytes <= self._limit - self._reserve()
+        after = self._directory.used_bytes() + nbytes
+        return after <= self._limit - self._reserve() and not self._is_disk_short(nbytes)
+
+    def _allows(self, growth_bytes: int, free_bytes: int, reserve_bytes: int) -> bool:
+        after = self._directory.used_bytes() + growth_bytes
+        if after <= self._limit - reserve_bytes and not self._is_disk_short(growth_bytes):
+            return True
+        return after <= self._limit and free_bytes >= FREE_FACTOR * growth_bytes
+
+    def _is_disk_short(self, growth_bytes: int) -> bool:
+        """Tell whether growing by so much would leave less of the file system free than ``min_free_bytes``."""
+        free, total = self._directory.free_disk_bytes()
+        if not total:
+            return False
+        least = min(_MIN_FREE_BYTES, total // _MIN_FREE_SHARE) if self._min_free is None else self._min_free
+        return free - growth_bytes < least
 
     def room_bytes(self) -> int:
         """Return how much a deletion may grow the file: it may use the reserve."""
@@ -96,25 +118,43 @@ class Budget:
         """Return how many bytes have to go before ``growth_bytes`` fit."""
         return self._directory.used_bytes() + growth_bytes - (self._limit - self._reserve())
 
-    def rest(self, eviction: str) -> None:
-        """Stop asking for a while: the budget is full; say so once."""
-        self._resting_until = time.monotonic() + _REST_SECONDS
-        if not self._is_said:
-            self._is_said = True
-            logger.warning(
-                "the cache under %s is full: %d of %d bytes. New values are computed and not stored on "
-                "disk. Raise max_persistent_cache_size, remove old subdirectories, or set eviction='lru' "
-                "(now %r).",
-                self._directory.path, self._directory.used_bytes(), self._limit, eviction,
-            )  # fmt: skip
+    def rest(self, growth_bytes: int, eviction: str) -> str:
+        """Stop asking for a while, since ``growth_bytes`` found no room; say once why.
 
-    def is_resting(self) -> bool:
-        return time.monotonic() < self._resting_until
+        Returns:
+            What is short, as the counters call it: ``"budget"`` or ``"min_free_disk"``.
+        """
+        self._resting_until = time.monotonic() + _REST_SECONDS
+        directory = self._directory
+        self._short = "budget"
+        if self._is_disk_short(growth_bytes) and self.missing_bytes(growth_bytes) <= 0:
+            self._short = "min_free_disk"
+        if self._short not in self._said:
+            self._said.add(self._short)
+            if self._short == "budget":
+                logger.warning(
+                    "the cache under %s is full: %d of %d bytes. New values are computed and not stored on "
+                    "disk. Raise max_persistent_cache_size, remove old subdirectories, or set eviction='lru' "
+                    "(now %r).",
+                    directory.path, directory.used_bytes(), self._limit, eviction,
+                )  # fmt: skip
+            else:
+                logger.warning(
+                    "the file system of %s has %d bytes left, and min_free_disk keeps %s of them free. New values are "
+                    "computed and not stored on disk until there is more. Free some space, or lower min_free_disk.",
+                    directory.path, directory.free_disk_bytes()[0],
+                    "the smaller of 1 GB and 2 %" if self._min_free is None else self._min_free,
+                )  # fmt: skip
+        return self._short
+
+    def shortage(self) -> str | None:
+        """Return what was short a moment ago; None where it is time to ask again."""
+        return self._short if time.monotonic() < self._resting_until else None
 
     def wake(self) -> None:
         """Ask again at once: room was made."""
         self._resting_until = 0.0
-        self._is_said = False
+        self._said.clear()
 
     def _reserve(self) -> int:
         return max(self._limit // _RESERVE_SHARE, min(self._limit // 4, _LEAST_RESERVE_BYTES))

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import shutil
-import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,6 +16,8 @@ from filelock import FileLock, Timeout
 
 from torchcache.errors import StoreError
 from torchcache.process import ForkLock
+from torchcache.storage.access import PRIVATE, Access
+from torchcache.storage.filesystems import check_file_system
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ class TurnCancelledError(Exception):
 
 
 class CacheDirectory:
-    """One ``persistent_cache_dir``, made if need be, private and not somebody else's.
+    """One ``persistent_cache_dir``, made if need be: private and not somebody else's, or a group's.
 
     The turn (a file lock and a lock of this process) is held around every change of anything under the
     directory, so that the budget counts all processes and nobody ever waits inside LMDB.
@@ -40,11 +41,14 @@ class CacheDirectory:
         StoreError: If the directory cannot be made or must not be used.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, access: Access = PRIVATE) -> None:
         self.path = path
+        self.access = access
+        check_file_system(path)
         try:
-            path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            check_owned(path, is_private=False)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            access.make_directory(path)
+            access.check_root(path)
         except OSError as error:
             if isinstance(error, StoreError):
                 raise
@@ -67,7 +71,7 @@ class CacheDirectory:
             # A new lock object each time: an inherited one refuses to work in a forked child.
             lock = FileLock(
                 self.path / LOCK_NAME,
-                mode=0o600,
+                mode=self.access.file_mode,
                 thread_local=False,
                 is_singleton=False,
                 fallback_to_soft=False,
@@ -106,6 +110,11 @@ class CacheDirectory:
         """Return what ``measure`` last counted."""
         return self._used_bytes
 
+    def free_disk_bytes(self) -> tuple[int, int]:
+        """Return how many bytes of the file system are free for us, and how many it has; zeros if it does not say."""
+        status = os.statvfs(self.path)
+        return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
+
     def set_aside(self, name: str, suffix: str) -> None:
         """Rename a subdirectory out of the way, replacing an earlier one set aside; the turn is held."""
         target = self.path / f"{name}.{suffix}"
@@ -124,30 +133,6 @@ class CacheDirectory:
         """Remove what a killed process left of a removal; the turn is held."""
         for entry in self.path.glob(f"{TRASH_PREFIX}*"):
             shutil.rmtree(entry, ignore_errors=True)
-
-
-def check_owned(path: Path, *, is_private: bool) -> None:
-    """Check that a directory is one, not a link, and that nobody else can put things into it.
-
-    Args:
-        path: The directory.
-        is_private: It must be our own and writable by nobody else. Otherwise it may also be root's, or
-            writable by a group or, with the sticky bit, by all: what lies in it is checked on its own.
-
-    Raises:
-        StoreError: If it fails.
-    """
-    status = os.lstat(path) if is_private else os.stat(path)
-    mode, mine = status.st_mode, status.st_uid == os.geteuid()
-    if not stat.S_ISDIR(mode):
-        raise StoreError(f"{path} is not a directory", kind="directory")
-    if not (mine or (status.st_uid == 0 and not is_private)):
-        raise StoreError(f"{path} belongs to user {status.st_uid}, not to us", kind="directory")
-    others = stat.S_IWOTH | (stat.S_IWGRP if is_private else 0)
-    if mode & others and (is_private or not mode & stat.S_ISVTX):
-        raise StoreError(f"{path} is writable by others (mode {stat.S_IMODE(mode):o})", kind="directory")
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise StoreError(f"{path} is not ours to write", kind="directory")
 
 
 def _count_bytes(path: Path | str) -> int:

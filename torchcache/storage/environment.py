@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import stat
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -23,7 +22,7 @@ import lmdb
 
 from torchcache import process
 from torchcache.errors import StoreError
-from torchcache.storage.directory import TRASH_PREFIX, CacheDirectory, check_owned
+from torchcache.storage.directory import TRASH_PREFIX, CacheDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +68,11 @@ class Environment:
 
     def __init__(self, directory: CacheDirectory, name: str, budget: int) -> None:
         self.directory = directory
+        self._access = directory.access
         self.name = name
         self.path = directory.path / name
         self._budget = budget
-        self._lock = process.ForkLock()  # guards opening
+        self._lock = process.ForkLock(on_broken=self._forsake)  # guards opening
         self._handles: Handles | None = None
         self._is_forsaken = False  # inherited through a fork that did not come to rest
         self._retry_at = 0.0
@@ -168,8 +168,7 @@ class Environment:
             StoreError: If it cannot be made.
         """
         with _translated(self.path):
-            if not os.path.lexists(self.path):
-                self.path.mkdir(mode=0o700, exist_ok=True)
+            self._access.make_directory(self.path)
 
     def creation_bytes(self) -> int:
         """Return a bound of the bytes that a new environment takes."""
@@ -179,7 +178,7 @@ class Environment:
         """Make an environment under another name and move it into place: what is there is whole."""
         with _translated(self.path):
             unfinished = self.directory.path / f"{TRASH_PREFIX}{uuid.uuid4().hex}"
-            unfinished.mkdir(mode=0o700)
+            self._access.make_directory(unfinished)
             self._allocate_lock_file(unfinished)
             env = self._open_env(str(unfinished))
             try:
@@ -188,11 +187,18 @@ class Environment:
                     txn.put(b"a created", str(int(time.time())).encode())
             finally:
                 env.close()
+            os.chmod(unfinished / "data.mdb", self._access.file_mode)  # LMDB obeys the umask
             os.rename(unfinished, self.path)
         self._failure, self._retry_at = None, 0.0
 
     def _exists(self) -> bool:
-        return (self.path / "data.mdb").exists()
+        try:
+            os.stat(self.path / "data.mdb")
+        except PermissionError:
+            return True  # somebody else's: opening it says whose
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Close the handle if nobody is inside; the next use opens it again."""
@@ -222,9 +228,13 @@ class Environment:
     def after_fork_in_parent(self) -> None:
         pass
 
-    def after_fork_in_child(self, *, is_clean: bool) -> None:
-        if not is_clean and self._handles is not None:
-            self._is_forsaken = True
+    def after_fork_in_child(self) -> None:
+        if self._handles is not None:
+            self._forsake()
+
+    def _forsake(self) -> None:
+        """Never touch what is open here, or was just being opened, at the fork."""
+        self._is_forsaken = True
 
     # -- opening ----------------------------------------------------------------------------------------------
 
@@ -268,12 +278,16 @@ class Environment:
         with _translated(self.path):
             # Pinned by descriptor: both files come from the directory that was checked, even if somebody
             # renames it meanwhile.
-            descriptor = os.open(self.path, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_RDONLY)
             try:
-                check_owned(self.path, is_private=True)
+                descriptor = os.open(self.path, os.O_DIRECTORY | os.O_NOFOLLOW | os.O_RDONLY)
+            except PermissionError:
+                self._access.check_directory(self.path)  # says whose it is
+                raise
+            try:
+                self._access.check_directory(self.path)
                 self._allocate_lock_file(self.path)
                 for name in ("data.mdb", "lock.mdb"):
-                    _check_file(self.path / name)
+                    self._access.check_file(self.path / name)
                 pinned = f"/proc/self/fd/{descriptor}"
                 try:
                     env = self._open_env(pinned if os.path.isdir(pinned) else str(self.path))
@@ -304,7 +318,7 @@ class Environment:
                     sync=True,
                     metasync=False,  # power loss costs at most the last commit, and half the fsyncs are saved
                     writemap=False,  # a full disk would be a SIGBUS
-                    mode=0o600,
+                    mode=self._access.file_mode,
                 )
             except lmdb.MemoryError:
                 map_bytes //= 2  # an address space limit; the budget still has to fit twice
@@ -335,12 +349,14 @@ class Environment:
         """
         name = path / "lock.mdb"
         size = _LOCK_HEADER_BYTES + self._readers() * _READER_BYTES
-        _check_file(name)
+        self._access.check_file(name)
         is_new = not name.exists()
         if not is_new and name.stat().st_size >= size:
             return
         descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o600)
         try:
+            if is_new:
+                os.fchmod(descriptor, self._access.file_mode)
             os.posix_fallocate(descriptor, 0, size)
         except OSError:
             if is_new:
@@ -425,16 +441,6 @@ def _raise_translated(path: Path, error: BaseException) -> NoReturn:
     if isinstance(error, (OSError, MemoryError, RuntimeError)) and not isinstance(error, StoreError):
         raise StoreError(f"{path}: {error}", kind="disk") from error
     raise error
-
-
-def _check_file(path: Path) -> None:
-    """Refuse what is not our own plain file: LMDB would follow a link and hang on a FIFO."""
-    try:
-        status = os.lstat(path)
-    except FileNotFoundError:
-        return
-    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or status.st_uid != os.geteuid():
-        raise StoreError(f"{path} is not a plain file of ours", kind="damaged")
 
 
 def _file_bytes(path: Path) -> int:

@@ -91,6 +91,7 @@ class StoreSettings:
     eviction: str = "stale"
     zstd_level: int | None = None
     lock_timeout_seconds: float = 2.0
+    min_free_bytes: int | None = None
 
 
 class LmdbStore:
@@ -106,7 +107,7 @@ class LmdbStore:
         self._directory = directory
         self._settings = settings
         self._environment = shared_environment(directory, name, settings.budget_bytes)
-        self._budget = budget.Budget(directory, settings.budget_bytes)
+        self._budget = budget.Budget(directory, settings.budget_bytes, settings.min_free_bytes)
         self._doubtful: set[bytes] = set()  # index keys whose record failed a check: overwritten
         self._recent: dict[bytes, bytes] = {}  # segments read here -> when; noted with the next commit
         self._touched: dict[bytes, float] = {}  # namespaces read here and when that was last noted
@@ -125,9 +126,9 @@ class LmdbStore:
         """Show the name of the subdirectory before anything is stored in it."""
         self._environment.announce()
 
-    def is_full(self) -> bool:
-        """Tell whether writing is pointless for now, so that packing can be saved."""
-        return self._budget.is_resting()
+    def shortage(self) -> str | None:
+        """Say what is short, if writing is pointless for now, so that packing can be saved."""
+        return self._budget.shortage()
 
     def used_bytes(self) -> int:
         return self._directory.used_bytes()
@@ -244,8 +245,7 @@ class LmdbStore:
             return Written(dropped=dict(dropped))
         with self._turn(cancel):
             if not self._ensure_environment():
-                self._budget.rest(self._settings.eviction)
-                dropped["budget"] += n
+                dropped[self._rest(self._environment.creation_bytes())] += n
                 return Written(dropped=dict(dropped))
             self._follow_file()
             rows = budget.commit_rows(self._settings.budget_bytes)
@@ -294,7 +294,7 @@ class LmdbStore:
     def _commit(self, packed: Sequence[Packed], started: bytes) -> Written:
         """Commit one transaction's worth, making room for it where the policy allows that."""
         keep = {item.namespace for item in packed}
-        written = Written()
+        written, growth = Written(), 0
         for attempt in range(_MOST_ROUNDS):
             self._directory.measure()
             recent, self._recent = self._recent, {}
@@ -306,8 +306,12 @@ class LmdbStore:
                 self._start_afresh()
             elif not self._make_room(growth << attempt, keep, started):
                 break
-        self._budget.rest(self._settings.eviction)
-        return written
+        short = self._rest(growth)
+        dropped = {short if reason == "budget" else reason: rows for reason, rows in written.dropped.items()}
+        return replace(written, dropped=dropped)
+
+    def _rest(self, growth_bytes: int) -> str:
+        return self._budget.rest(growth_bytes, self._settings.eviction)
 
     def _start_afresh(self) -> None:
         """Replace a file that has grown into the reserve: LMDB's files do not shrink, so deleting does not help."""

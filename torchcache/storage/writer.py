@@ -49,7 +49,7 @@ class WritableStore(Protocol):
     def path(self) -> Path: ...
     @property
     def most_commit_bytes(self) -> int: ...
-    def is_full(self) -> bool: ...
+    def shortage(self) -> str | None: ...
     def pack(self, namespace: bytes, rows: Rows) -> Packed: ...
     def put_many(self, packed: Sequence[Packed], cancel: Callable[[], bool] | None = None) -> Written: ...
 
@@ -103,7 +103,7 @@ class Writer:
         self._thread: threading.Thread | None = None  # guarded by _changed
         self._is_parked = False  # guarded by _changed
         self._is_ended = False  # guarded by _changed
-        self._flush_seconds = 0.0
+        self.flush_seconds = 0.0  # the longest that a caller asked for
         process.listen_to_forks(self)
 
     # -- callers' side ------------------------------------------------------------------------------------------
@@ -139,7 +139,7 @@ class Writer:
                     return False
             if self._is_ended:
                 return False
-            self._flush_seconds = max(self._flush_seconds, flush_seconds)
+            self.flush_seconds = max(self.flush_seconds, flush_seconds)
             self._waiting.append(job)
             self._bytes += job.nbytes
             for i, digest in enumerate(rows.digests):
@@ -166,7 +166,7 @@ class Writer:
         with self._changed:
             if self._is_ended or self._tasks >= _MOST_TASKS:
                 return False
-            self._flush_seconds = max(self._flush_seconds, flush_seconds)
+            self.flush_seconds = max(self.flush_seconds, flush_seconds)
             self._waiting.append(_Job(store, observer, task=task))
             self._tasks += 1
             self._start()
@@ -256,8 +256,8 @@ class Writer:
 
     def end(self) -> None:
         """Commit what is accepted, within the flush timeout; accept nothing more. Says what was lost."""
-        deadline = time.monotonic() + self._flush_seconds
-        self.flush(self._flush_seconds)
+        deadline = time.monotonic() + self.flush_seconds
+        self.flush(self.flush_seconds)
         with self._changed:
             self._is_ended = True
             lost = sum(job.n for job in self._waiting)
@@ -272,7 +272,7 @@ class Writer:
         if lost:
             logger.warning(
                 "%d rows were not committed within flush_timeout_seconds=%g at the end of the program and "
-                "are lost; they will be computed again", lost, self._flush_seconds,
+                "are lost; they will be computed again", lost, self.flush_seconds,
             )  # fmt: skip
 
     # -- forks --------------------------------------------------------------------------------------------------
@@ -298,11 +298,11 @@ class Writer:
         with self._changed:
             self._is_parked = False
 
-    def after_fork_in_child(self, *, is_clean: bool) -> None:  # noqa: ARG002 - the queue is the parent's anyway
+    def after_fork_in_child(self) -> None:
         self._changed = threading.Condition()
         self._waiting, self._under_way, self._bytes, self._tasks = deque(), [], 0, 0
         self._thread, self._is_parked, self._is_ended = None, False, False
-        self._flush_seconds = 0.0
+        self.flush_seconds = 0.0
 
     # -- the thread's side --------------------------------------------------------------------------------------
 
@@ -374,8 +374,9 @@ class Writer:
         store, observer = batch[0].store, batch[0].observer
         left = sum(job.n for job in batch)
         try:
-            if left and store.is_full():
-                observer.on_written(Written(dropped={"budget": left}))
+            shortage = store.shortage() if left else None
+            if shortage:
+                observer.on_written(Written(dropped={shortage: left}))
                 return
             packed: list[Packed] = []
             for job in batch:
