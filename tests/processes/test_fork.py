@@ -117,6 +117,28 @@ def test_a_fork_while_the_writer_waits_for_a_lock_of_another_process_is_quick_an
 
 
 @in_a_process_of_its_own
+def test_a_thread_that_waits_for_room_in_the_queue_gets_it_after_a_fork(root):
+    """The fork ends the writer's thread, and nobody else calls who would start it again."""
+    root.mkdir(mode=0o700)
+    store = open_store(root, lock_timeout_seconds=30)
+    holder = start(HOLD_FILE_LOCK, root)
+    assert read_line(holder) == "ready"
+    assert enqueue(store, range(50))
+    accepted = []
+    thread = threading.Thread(
+        target=lambda: accepted.append(enqueue(store, [50], queue_bytes=1000, timeout_seconds=20))
+    )
+    thread.start()
+    wait_until(lambda: len(writer._changed._waiters) == 1)
+    in_child(lambda: None)
+    finish(holder)
+    thread.join(5)
+    assert accepted == [True]
+    assert writer.flush(10)
+    assert store_hits(store, range(51)) == set(range(51))
+
+
+@in_a_process_of_its_own
 def test_a_fork_in_the_middle_of_a_commit_waits_for_it_and_both_sides_go_on(root):
     store = open_store(root)
     inside, carry_out = threading.Event(), lmdb_store._Write.carry_out

@@ -27,6 +27,8 @@ from torchcache.storage.directory import TurnCancelledError
 logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 1.0
+#: How often who waits for the thread looks whether there is one.
+_LOOK_SECONDS = 0.25
 _MOST_JOBS = 64
 #: Tasks are small and rare; more than this many wait only if a store is stuck.
 _MOST_TASKS = 1024
@@ -132,11 +134,14 @@ class Writer:
         def has_room() -> bool:
             return self._bytes == 0 or self._bytes + job.nbytes <= queue_bytes or self._is_ended
 
+        deadline = time.monotonic() + timeout_seconds
         with self._changed:
-            if not has_room():
-                self._start()
-                if not self._changed.wait_for(has_room, timeout=timeout_seconds):
+            while not has_room():
+                self._start()  # again after a fork, which ends the thread
+                left = deadline - time.monotonic()
+                if left <= 0:
                     return False
+                self._changed.wait(min(left, _LOOK_SECONDS))
             if self._is_ended:
                 return False
             self.flush_seconds = max(self.flush_seconds, flush_seconds)
@@ -251,7 +256,7 @@ class Writer:
                     finally:
                         self._changed.acquire()
                 else:
-                    self._changed.wait(min(left, 0.25))
+                    self._changed.wait(min(left, _LOOK_SECONDS))
             return True
 
     def end(self) -> None:
