@@ -58,6 +58,48 @@ def test_a_forked_child_opens_an_environment_of_its_own_and_so_does_the_parent_a
 
 
 @in_a_process_of_its_own
+def test_no_thread_opens_the_environment_again_between_its_closing_and_the_fork(root):
+    """The child would inherit it open, and closing it there would free the reader slots of its parent."""
+    store = open_store(root)
+    put(store, digests_of(range(10)))
+    close, threads = store._environment.at_rest, []
+
+    def close_and_let_a_thread_look():
+        close()
+        thread = threading.Thread(target=lambda: store_hits(store, range(10)))
+        threads.append(thread)
+        thread.start()
+        thread.join(0.3)
+
+    store._environment.at_rest = close_and_let_a_thread_look
+
+    def child():
+        assert store._environment._handles is None
+        del store._environment.at_rest
+        assert store_hits(store, range(10)) == set(range(10))
+
+    in_child(child)
+    threads[0].join(10)
+    assert not threads[0].is_alive()
+    assert store_hits(store, range(10)) == set(range(10))
+
+
+@in_a_process_of_its_own
+def test_a_lookup_succeeds_however_often_forks_of_other_threads_close_the_environment(root):
+    store = open_store(root)
+    put(store, digests_of(range(10)))
+    ready = store._environment._ready
+
+    def ready_and_closed_by_a_fork():
+        handles = ready()
+        in_child(lambda: None)
+        return handles
+
+    store._environment._ready = ready_and_closed_by_a_fork
+    assert store_hits(store, range(10)) == set(range(10))
+
+
+@in_a_process_of_its_own
 def test_nothing_keeps_an_inherited_environment_alive(root):
     """LMDB refuses to open a file twice, so one forgotten reference would cost the child its disk tier."""
     store = open_store(root)

@@ -39,7 +39,6 @@ _RETRY_SECONDS = 1.0
 _INODE_CHECK_SECONDS = 1.0
 #: A damaged environment gets this suffix; one such is kept.
 _SET_ASIDE = "damaged"
-_ENTER_TRIES = 8
 _MOST_READERS = 4096
 _READER_BYTES = 64
 _LOCK_HEADER_BYTES = 4096
@@ -240,13 +239,15 @@ class Environment:
 
     def enter(self) -> Handles:
         """Go through the gate with open handles; the caller leaves it."""
-        for _ in range(_ENTER_TRIES):
-            handles = self._ready()
-            process.gate.enter()
-            if handles is self._handles:
-                return handles
-            process.gate.leave()  # closed between the two lines; open it again
-        raise StoreError(f"{self.path} is closed again and again", kind="reopened")
+        handles = self._ready()
+        process.gate.enter()
+        if handles is self._handles:
+            return handles
+        try:
+            return self._opened()  # closed between the two lines, by a fork; inside the gate it stays open
+        except BaseException:
+            process.gate.leave()
+            raise
 
     def _ready(self, *, at_once: bool = False) -> Handles:
         handles = self._handles
@@ -258,6 +259,10 @@ class Environment:
             if self.is_current():
                 return handles
             self.close()  # another process removed or replaced it
+        return self._opened(at_once=at_once)
+
+    def _opened(self, *, at_once: bool = False) -> Handles:
+        now = time.monotonic()
         with self._lock:
             if self._is_forsaken:
                 raise StoreError("a fork interrupted a transaction; this process goes on in memory", kind="fork")
