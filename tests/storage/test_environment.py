@@ -183,6 +183,20 @@ def read_in_a_fresh_process(root):
     return len(hits_of(store, [*digests_of(range(200)), *digests_of(range(1000, 1020))]))
 
 
+def test_an_empty_place_that_another_process_announces_meanwhile_is_not_set_aside(root, monkeypatch):
+    store, rmdir = open_store(root), os.rmdir
+    store.announce()
+
+    def rmdir_and_let_another_process_announce(path):
+        rmdir(path)
+        os.mkdir(path, 0o700)
+
+    monkeypatch.setattr(os, "rmdir", rmdir_and_let_another_process_announce)
+    put(store, digests_of(range(10)))
+    assert hits_of(store, digests_of(range(10))) == set(range(10))
+    assert list(root.glob("*.damaged*")) == []
+
+
 def test_only_one_damaged_store_is_kept(damaged_root):
     for seed in range(3):
         data = damaged_root / "module-hash" / "data.mdb"

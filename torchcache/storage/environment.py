@@ -147,7 +147,7 @@ class Environment:
         with _translated(self.path):
             with contextlib.suppress(OSError):
                 os.rmdir(self.path)  # the empty place that announce() made
-            if os.path.lexists(self.path):
+            if not self._is_vacant():
                 self.close()
                 self.directory.set_aside(self.name, _SET_ASIDE)
         if not allow(self.creation_bytes()):
@@ -157,6 +157,17 @@ class Environment:
                 return False
         self._create()
         return True
+
+    def _is_vacant(self) -> bool:
+        """Tell whether nothing is lost if the name is taken; another process may announce it at any time."""
+        if self.path.is_symlink():
+            return False
+        try:
+            return not os.listdir(self.path)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
 
     def announce(self) -> None:
         """Make the empty directory that the environment will take the place of.
