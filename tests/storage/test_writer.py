@@ -40,12 +40,12 @@ class FakeStore:
     commits: list[list[Packed]] = field(default_factory=list)
     touched: list[bytes] = field(default_factory=list)
     fails_in: str = "put_many"
-    full: bool = False
+    short: str | None = None
     path: Path = field(default_factory=lambda: Path(f"store-{next(_numbers)}"))
 
     def shortage(self) -> str | None:
         self._fail("shortage")
-        return self.full
+        return self.short
 
     def pack(self, namespace: bytes, rows: Rows) -> Packed:
         self._fail("pack")
@@ -519,11 +519,12 @@ def test_rows_that_no_record_can_hold_are_counted_and_cost_nobody_else(writer, r
     assert hits_of(store, digests_of(range(n + 5))) == set(range(n, n + 5))
 
 
-def test_a_full_store_is_not_packed_for(writer, store, observer):
-    store.full = True
+@pytest.mark.parametrize("short", ["budget", "min_free_disk"])
+def test_a_full_store_is_not_packed_for(writer, store, observer, short):
+    store.short = short
     assert offer(writer, store, observer, range(7))
     assert writer.flush(10)
-    assert (store.commits, observer.dropped) == ([], {"budget": 7})
+    assert (store.commits, observer.dropped) == ([], {short: 7})
 
 
 @pytest.mark.parametrize(
