@@ -31,8 +31,31 @@ if ending == "sys.exit in a thread":
     thread = threading.Thread(target=sys.exit, args=(3,))
     thread.start()
     thread.join()
-if ending == "signal":
+if ending == "handled":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(5))
+    print("ready", flush=True)
+if ending in ("signal", "handled"):
     sys.stdin.read()
+if ending == "os._exit":
+    import os
+    os._exit(4)
+"""
+
+#: A notebook: a kernel in a process of its own, told what to do, and then asked to shut down.
+NOTEBOOK = """
+import sys
+from jupyter_client.manager import start_new_kernel
+
+manager, client = start_new_kernel(kernel_name="python3", startup_timeout=30)
+try:
+    client.execute_interactive(f"import sys; sys.argv = ['', {sys.argv[1]!r}, 'normal']", timeout=20)
+    reply = client.execute_interactive(sys.argv[2], timeout=20)
+    assert reply["content"]["status"] == "ok", reply
+    client.stop_channels()
+    manager.shutdown_kernel()
+finally:
+    if manager.is_alive():
+        manager.shutdown_kernel(now=True)
 """
 
 ALL = range(60)
@@ -52,6 +75,42 @@ def test_what_was_accepted_is_committed_after_an_interrupt(root):
     program.send_signal(signal.SIGINT)
     assert "KeyboardInterrupt" in finish(program, status=-signal.SIGINT)
     assert store_hits(open_store(root), ALL) == set(ALL)
+
+
+def test_what_was_accepted_is_committed_when_a_notebook_s_kernel_is_shut_down(root, tmp_path):
+    run(
+        NOTEBOOK,
+        root,
+        PROGRAM,
+        timeout_seconds=60,
+        JUPYTER_RUNTIME_DIR=str(tmp_path / "jupyter"),
+        IPYTHONDIR=str(tmp_path),
+    )
+    assert store_hits(open_store(root), ALL) == set(ALL)
+
+
+def test_what_was_accepted_is_committed_after_a_sigterm_that_the_program_handles(root):
+    program = start(PROGRAM, root, "handled")
+    assert (read_line(program), read_line(program)) == ("accepted", "ready")
+    program.terminate()
+    finish(program, status=5)
+    assert store_hits(open_store(root), ALL) == set(ALL)
+
+
+@pytest.mark.parametrize("ending", ["os._exit", "SIGTERM"])
+def test_an_end_without_python_s_own_loses_at_most_what_was_not_committed(root, ending):
+    """Whatever was committed by then is whole, nothing is locked, and the next run completes it."""
+    if ending == "os._exit":
+        run(PROGRAM, root, ending, status=4)
+    else:
+        program = start(PROGRAM, root, "signal")
+        assert read_line(program) == "accepted"
+        program.terminate()
+        finish(program, status=-signal.SIGTERM)
+    store = open_store(root)
+    store_hits(store, ALL)
+    run(PROGRAM, root, "normal")
+    assert store_hits(store, ALL) == set(ALL)
 
 
 def test_the_end_waits_for_a_lock_that_comes_free_in_time(root):
@@ -164,15 +223,13 @@ def test_an_interrupted_run_is_gone_on_with_where_it_was(root):
 
 
 def test_a_cached_call_is_fast_and_right_while_a_stopped_process_holds_the_lock(root):
-    """The program checks its values itself; its calls take no longer than computing them."""
+    """The program checks its values itself. Ten calls that waited for the lock would take half a minute."""
     root.mkdir(mode=0o700)
     timed = MAIN_JOB.replace("for i in range", "import time\nbefore = time.monotonic()\nfor i in range").replace(
-        "plain =", "assert time.monotonic() - before < 1.5\nplain ="
+        "plain =", "assert time.monotonic() - before < 10\nplain ="
     )
-    timed = timed.replace("persistent=True,", "persistent=True, lock_timeout_seconds=0.3, flush_timeout_seconds=1,")
+    timed = timed.replace("persistent=True,", "persistent=True, lock_timeout_seconds=3, flush_timeout_seconds=1,")
     with stopped(HOLD_FILE_LOCK, root):
-        before = time.monotonic()
         assert '"misses": 200' in run(timed, root, "go")
-        assert time.monotonic() - before < 8
     assert '"misses": 200' in run(timed, root, "go")
     assert '"store": 200' in run(timed, root, "go")
