@@ -325,3 +325,11 @@ def test_every_accelerator_that_is_here_has_the_digest_of_the_host():
         for n in SIZES:
             data = random_bytes(n, seed=n)
             assert digest_tensor(as_tensor(data).to(device)) == digest_bytes(data)
+
+
+def test_hashing_weights_leaves_torch_free_to_resize_them():
+    """FSDP frees weights so; what was once seen by NumPy cannot be resized any more."""
+    for tensor in (torch.rand(8, 4), torch.rand(8, 4).t()):
+        digest_tensor(tensor)
+        assert tensor.untyped_storage().resizable()
+        tensor.untyped_storage().resize_(0)

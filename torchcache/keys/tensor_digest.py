@@ -12,6 +12,7 @@ other.
 
 from __future__ import annotations
 
+import ctypes
 from functools import lru_cache
 
 import numpy as np
@@ -63,16 +64,43 @@ def digest_tensor(tensor: torch.Tensor) -> bytes | None:
     if view is None:
         return None
     if view.device.type == "cpu":
-        return digest_bytes(view.numpy().data)
+        return digest_bytes(_host_bytes(view))
     return _digest_on_device(view)
+
+
+def _host_bytes(view: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor in host memory, valid as long as the tensor is.
+
+    Not by ``Tensor.numpy``, after which torch never lets the storage be resized again: that is how FSDP frees
+    weights. Only a tensor without an address, or of a class that decides for itself, is asked in that way.
+    """
+    pointer = view.data_ptr() if type(view) is torch.Tensor else 0
+    if not pointer:
+        return view.numpy().data
+    return memoryview((ctypes.c_char * view.nbytes).from_address(pointer)).cast("B")
+
+
+def is_freed(tensor: torch.Tensor) -> bool:
+    """Tell whether the memory of a plain tensor was given back, as FSDP does between calls.
+
+    The address of such a tensor may be other than 0, and is nobody's.
+    """
+    return (
+        type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        and tensor.layout is torch.strided
+        and bool(tensor.numel())
+        and not tensor.untyped_storage().nbytes()
+    )
 
 
 def byte_view(tensor: torch.Tensor) -> torch.Tensor | None:
     """Return the tensor's values as a flat uint8 tensor on its device; None if it has no plain bytes.
 
-    Meta, sparse, quantized and nested tensors have none. The result shares the tensor's memory where it can.
+    Meta, sparse, quantized, nested and freed tensors have none. The result shares the tensor's memory where it can.
     """
     if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
+        return None
+    if is_freed(tensor):
         return None
     plain = tensor.detach().resolve_conj().resolve_neg()
     try:
@@ -89,8 +117,19 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 def _copied_by_numpy(tensor: torch.Tensor) -> torch.Tensor:
     """Return the values one after the other: torch's parallel copies hang in a forked child."""
-    integer = _INTEGERS.get(tensor.element_size(), tensor.dtype)
-    return torch.from_numpy(np.ascontiguousarray(tensor.view(integer).numpy()))
+    size, storage = tensor.element_size(), tensor.untyped_storage()
+    pointer = storage.data_ptr() if type(tensor) is torch.Tensor else 0
+    if not pointer:  # see _host_bytes
+        integer = _INTEGERS.get(size, tensor.dtype)
+        return torch.from_numpy(np.ascontiguousarray(tensor.view(integer).numpy()))
+    rows = np.ndarray(
+        tuple(tensor.shape),
+        f"V{size}",
+        memoryview((ctypes.c_char * storage.nbytes()).from_address(pointer)).cast("B"),
+        tensor.storage_offset() * size,
+        [stride * size for stride in tensor.stride()],
+    )
+    return torch.from_numpy(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
 
 
 def _digest_on_device(view: torch.Tensor, piece_bytes: int = _PIECE_BYTES) -> bytes:
