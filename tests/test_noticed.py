@@ -773,3 +773,13 @@ def test_the_order_of_a_dict_in_the_state_counts():
     assert torch.equal(module(X), (X + 1) * 2)
     module.steps = {"double": 2.0, "add": 1.0}
     assert torch.equal(module(X), X * 2 + 1)
+
+
+def test_weights_that_were_freed_are_not_read():
+    module = torchcache()(nn.Linear(4, 4))
+    flat = torch.rand(20)
+    module.weight.data, module.bias.data = flat[:16].view(4, 4), flat[16:]
+    x = torch.rand(3, 4)
+    module(x)
+    flat.untyped_storage().resize_(0)
+    assert cache_of(module).explain(x).bypass_reason == "opaque_weights"

@@ -24,6 +24,7 @@ from torchcache.flights import Flight, Flights
 from torchcache.identity import Function, Identity, Look, Target
 from torchcache.keys.code import unwrap
 from torchcache.keys.digest import digest_parts
+from torchcache.keys.ranks import collectives_done, is_in_a_job
 from torchcache.layout import Bytes2D, Found, Layout, Rows, empty_rows
 from torchcache.log import warn_once
 from torchcache.memory import MemoryTier
@@ -60,6 +61,13 @@ from torchcache.storage.writer import (
 from torchcache.structure import KnownClasses
 
 R = TypeVar("R")
+
+#: What else is to be said of detached outputs of parameters that require grad, in a job of several ranks.
+_REDUCER_WAITS = (
+    ". Under DistributedDataParallel, one of the two is needed: it waits for the gradients of all parameters that "
+    "required grad when it was made, and the second iteration fails with 'Expected to have finished reduction in the "
+    "prior iteration'"
+)
 
 #: So many forms of plain values beside tensors are watched for batch sizes.
 _MOST_PLAIN = 1024
@@ -244,7 +252,7 @@ class Cache:
         look = self._look()
         reason = look.reason or self._grad_reason()
         if reason:
-            return self._bypass(reason, function, args, kwargs, rows=batch.n)
+            return self._bypass(reason, function, args, kwargs, rows=batch.n, evidence=look.evidence)
         if not batch.n:
             with torch.no_grad():
                 return detached(function(*args, **kwargs))
@@ -289,7 +297,7 @@ class Cache:
         """Say what earlier calls of a namespace showed that speaks against caching it, or None."""
         if self._verdicts.of(namespace) is Verdict.DEPENDENT:
             return "rows_depend_on_batch"
-        return "random_numbers" if self._verdicts.is_random(namespace) else None
+        return self._verdicts.effect(namespace)
 
     def _namespace_of(self, look: Look, signature: bytes) -> bytes:
         """Name the state and the form of a call: whether rows depend on their batch is a matter of both.
@@ -446,7 +454,7 @@ class Cache:
             positions += witness.cached.positions
         is_as_given = len(positions) == call.batch.n == n and witness is None
         args, kwargs = call.args, call.kwargs
-        random_before = _random_state()
+        random_before, talks_before = _random_state(), collectives_done()
         failure: Exception | None = None
         output: object = None
         try:
@@ -474,11 +482,15 @@ class Cache:
                 raise
             return self._without_extras(call, own, doubted, found, error)
         self._devices = devices_of(tree)
-        is_random = _random_state() != random_before
-        self._verdicts.note_draw(call.namespace, moved=is_random)
-        if is_random:
-            self._note_bypass("random_numbers", 0)
-        is_settled = not is_random and not self._identity.has_moved()
+        effect = None
+        if _random_state() != random_before:
+            effect = "random_numbers"
+        elif collectives_done() != talks_before:
+            effect = "collectives"  # by code that the walk does not see, such as a library's
+        self._verdicts.note_effect(call.namespace, effect)
+        if effect:
+            self._note_bypass(effect, 0)
+        is_settled = effect is None and not self._identity.has_moved()
         tensors = [*call.batch.tensors, *self._identity.parameters(), *tree.leaves]
         if witness is not None and is_settled and not self._agrees(call, witness, layout, data, tensors):
             return _Answer(self._go_around("rows_depend_on_batch", call))
@@ -489,7 +501,7 @@ class Cache:
             again = [Found([p], layout, data[n + i : n + i + 1]) for i, p in enumerate(doubted)]
             found_again = self._verify(call, again, found, data, tensors)
         rows = Rows([call.digests[p] for p in own], layout, data[:n])
-        reason = self._reason_to_drop(call, rows, len(data), is_random=is_random, is_settled=is_settled)
+        reason = effect or self._reason_to_drop(call, rows, len(data), is_settled=is_settled)
         if reason:
             self._counters.add_to("dropped_rows", reason, n)
         elif own:
@@ -538,12 +550,8 @@ class Cache:
         self._condemn(call)
         return self._give_back("rows_depend_on_batch", call, result)
 
-    def _reason_to_drop(
-        self, call: _Call, rows: Rows, n_forwarded: int, *, is_random: bool, is_settled: bool
-    ) -> str | None:
+    def _reason_to_drop(self, call: _Call, rows: Rows, n_forwarded: int, *, is_settled: bool) -> str | None:
         """Say why computed rows must not be kept, or None."""
-        if is_random:
-            return "random_numbers"
         if not is_settled:
             return "state_moved"
         numbers = plain_numbers(rows.layout, self._known) if rows.layout.structure else ()
@@ -919,23 +927,32 @@ class Cache:
         self._say(
             "detach",
             "parameters require grad, but cached outputs are detached, so they will not be trained; if that is "
-            "meant, call requires_grad_(False) on the module; if not, set when_grad='bypass'",
+            "meant, call requires_grad_(False) on the module; if not, set when_grad='bypass'"
+            + (_REDUCER_WAITS if is_in_a_job() else ""),
         )
         return None
 
     def _bypass(
-        self, reason: str, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any], rows: int = 0
+        self,
+        reason: str,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        rows: int = 0,
+        evidence: str = "",
     ) -> object:
-        self._note_bypass(reason, rows)
+        self._note_bypass(reason, rows, evidence)
         return function(*args, **kwargs)
 
     def _go_around(self, reason: str, call: _Call) -> object:
         return self._bypass(reason, call.function, call.args, call.kwargs, rows=call.batch.n)
 
-    def _note_bypass(self, reason: str, rows: int) -> None:
+    def _note_bypass(self, reason: str, rows: int, evidence: str = "") -> None:
         self._counters.add_to("bypasses", reason)
         self._counters.add(bypassed_rows=rows)
-        self._say(f"bypass {reason}", f"the cache is bypassed: {remedy_for(reason)} ({reason})")
+        because = f"{reason}: {evidence}" if evidence else reason
+        self._say(f"bypass {reason}", f"the cache is bypassed: {remedy_for(reason)} ({because})")
 
     def _note_fault(self, kind: str, message: str, amount: int = 1) -> None:
         self._counters.add_to("faults", kind, amount)

@@ -18,6 +18,7 @@ from torchcache import process
 from torchcache.cache import Cache
 from torchcache.errors import ConfigError
 from torchcache.identity import Target
+from torchcache.keys.collectives import plain_class
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.values import UnnamedValueError, encode_argument
 from torchcache.options import CacheOptions, OptionArguments
@@ -257,10 +258,11 @@ def _make_cache(module: nn.Module) -> Cache:
     with _making:
         cache = _caches.get(id(module))
         if cache is None:
+            cls: type[nn.Module] = plain_class(type(module))
             target = Target(
-                name=type(module).__qualname__,
-                code=type(module),
-                function=type(module).forward,
+                name=cls.__qualname__,
+                code=cls,
+                function=cls.forward,
                 module=weakref.ref(module),
                 arguments=None if isinstance(arguments, UnnamedArgument) else arguments,
                 is_method=True,
@@ -310,10 +312,11 @@ class _CachedForward:
         """Return what is cached; also while the module is still being copied."""
         module = self._module()
         assert module is not None
+        cls: type[nn.Module] = plain_class(type(module))
         return Target(
-            name=type(module).__qualname__,
-            code=type(module),
-            function=self.__torchcache_original__ or type(module).forward,
+            name=cls.__qualname__,
+            code=cls,
+            function=self.__torchcache_original__ or cls.forward,
             module=self._module,
             is_method=self.__torchcache_original__ is None,
         )

@@ -14,6 +14,7 @@ from torch import nn
 
 from torchcache.keys.code import CodeWalk, walk_code
 from torchcache.keys.digest import digest_parts
+from torchcache.keys.ranks import has_other_ranks, is_in_a_job
 from torchcache.keys.state import StateTracker
 from torchcache.log import warn_once
 from torchcache.options import CacheOptions
@@ -23,6 +24,9 @@ from torchcache.storage.record import FORMAT_VERSION
 logger = logging.getLogger(__name__)
 
 Function = Callable[..., Any]
+
+#: So much of what is evidence for a reason is said.
+_MOST_SHOWN = 3
 
 #: The walk names what else it has to look at, which may name more; after so many rounds it is complete enough.
 _MOST_ROUNDS = 4
@@ -58,12 +62,14 @@ class Look:
         namespace: 16 bytes that name the present state too.
         is_private: Whether something has no stable name, so that only this process can use the results.
         reason: Why a call cannot be cached in this state, or None.
+        evidence: What was found that is the reason, where that helps.
     """
 
     module_hash: str
     namespace: bytes
     is_private: bool
     reason: str | None
+    evidence: str = ""
 
 
 class Identity:
@@ -83,6 +89,8 @@ class Identity:
         self._walk: CodeWalk | None = None
         self._module_hash: str | None = None
         self._last: tuple[bytes, Look] | None = None  # the fingerprint last seen, and what was made of it
+        self._has_said_rank = False
+        self._knows_collectives = False
         self._own_name = os.urandom(16)  # what stands for what has no stable name
 
     def module_hash(self) -> str:
@@ -94,6 +102,8 @@ class Identity:
         """Look at the present state."""
         with self._lock:
             module_hash = self._module_hash or self._identify()
+            if not self._knows_collectives and has_other_ranks():
+                self._identify()
             tracker = self._tracker
             fingerprint = tracker.fingerprint()
             if tracker.code_has_moved:
@@ -104,10 +114,14 @@ class Identity:
                 return last[1]  # what is to be said was said
             unnamed, has_hooks = tracker.unnamed, tracker.has_inner_hooks
             namespace = digest_parts([fingerprint, self._own_name]) if unnamed else fingerprint
-            look = Look(module_hash, namespace, self._is_private() or bool(unnamed), reason)
+            shown = [*dict.fromkeys(tracker.crossings)][:_MOST_SHOWN] if reason == "collectives" else []
+            is_private = self._is_private() or bool(unnamed)
+            look = Look(module_hash, namespace, is_private, reason, ", ".join(shown))
             self._last = fingerprint, look
         if unnamed:
             self._say_unnamed(*unnamed[0])
+        if self._walk is not None and self._walk.asks_rank and is_in_a_job():
+            self._say_rank()
         if has_hooks:
             self._say("hooks", "hooks on inner modules run when a sample is computed, and do not run on hits")
         return look
@@ -178,13 +192,20 @@ class Identity:
         """Walk the code, and tell the tracker what to look at."""
         named = self._options().persistent_module_hash
         roots: list[object] = []
+        collectives: set[str] = set()
+        self._knows_collectives = not named or has_other_ranks()
         if named:
             self._walk, module_hash = None, named
+            if self._knows_collectives:
+                # A name of the user's own says what is computed, not that other ranks need not take part.
+                collectives = self._walk_code()[0].collectives
         else:
             self._walk, roots = self._walk_code()
+            collectives = self._walk.collectives
             parts = [part for name, value in self._named_parts() for part in (name.encode(), value)]
             module_hash = digest_parts([self._walk.fingerprint, *parts]).hex()
-        self._tracker.follow(self._walk, roots, digest_parts([b"namespace", module_hash.encode()]))
+        salt = digest_parts([b"namespace", module_hash.encode()])
+        self._tracker.follow(self._walk, roots, salt, collectives)
         if module_hash != self._module_hash:
             logger.info("module hash of %s: %s", self._target.name, module_hash)
         if named and self._module_hash is None:
@@ -208,6 +229,14 @@ class Identity:
         return walk, roots
 
     # -- saying -----------------------------------------------------------------------------------------------------
+
+    def _say_rank(self) -> None:
+        if not self._has_said_rank:
+            self._has_said_rank = True
+            logger.info(
+                "the code of %s asks for its rank or how many there are, so each rank keeps results of its own",
+                self._target.name,
+            )
 
     def _say_unnamed(self, path: str, type_name: str) -> None:
         self._say(

@@ -25,7 +25,7 @@ _MOST_WITNESSES = 16
 _VACUOUS_CHECKS = 3
 
 #: A namespace whose computed calls moved a global generator so many times in a row is not cached for so many calls.
-_RANDOM_CALLS = 3
+_EFFECTS = 3
 _CALLS_UNTIL_TRIED = 64
 
 #: How far two computations of one row may be apart, as a share of its norm, by the coarsest dtype at work: kernels
@@ -75,7 +75,8 @@ class Verdicts:
         self._witnesses: OrderedDict[bytes, Witness] = OrderedDict()
         self._singles: OrderedDict[bytes, None] = OrderedDict()  # namespaces that refused a batch of two
         self._vacuous: OrderedDict[bytes, int] = OrderedDict()  # comparisons that proved nothing
-        self._draws: OrderedDict[bytes, int] = OrderedDict()  # computed calls in a row that moved a generator
+        # Computed calls in a row with an effect beside their result, and which the last one had.
+        self._effects: OrderedDict[bytes, tuple[int, str]] = OrderedDict()
 
     def of(self, namespace: bytes) -> Verdict | None:
         """Return the verdict; None if it could not be found out and is not to be tried again."""
@@ -91,30 +92,30 @@ class Verdicts:
                 self._verdicts.popitem(last=False)
             self._witnesses.pop(namespace, None)
 
-    def note_draw(self, namespace: bytes, *, moved: bool) -> None:
-        """Remember whether a global generator moved during a computed call.
+    def note_effect(self, namespace: bytes, effect: str | None) -> None:
+        """Remember whether something else happened during a computed call: random numbers or collectives.
 
-        It may have been another thread that drew, so one such call says little and three in a row a lot.
+        It may have been another thread, so one such call says little and three in a row a lot.
         """
         with self._lock:
-            if not moved:
-                self._draws.pop(namespace, None)
+            if effect is None:
+                self._effects.pop(namespace, None)
                 return
-            self._draws[namespace] = self._draws.get(namespace, 0) + 1
-            if len(self._draws) > _MOST_NAMESPACES:
-                self._draws.popitem(last=False)
+            self._effects[namespace] = self._effects.get(namespace, (0, ""))[0] + 1, effect
+            if len(self._effects) > _MOST_NAMESPACES:
+                self._effects.popitem(last=False)
 
-    def is_random(self, namespace: bytes) -> bool:
-        """Tell whether calls are known to draw random numbers; now and then one is tried again."""
+    def effect(self, namespace: bytes) -> str | None:
+        """Return the effect that calls are known to have, or None; now and then one is tried again."""
         with self._lock:
-            count = self._draws.get(namespace, 0)
-            if count < _RANDOM_CALLS:
-                return False
-            if count >= _RANDOM_CALLS + _CALLS_UNTIL_TRIED:
-                self._draws[namespace] = _RANDOM_CALLS - 1
-                return False
-            self._draws[namespace] = count + 1
-            return True
+            count, effect = self._effects.get(namespace, (0, ""))
+            if count < _EFFECTS:
+                return None
+            if count >= _EFFECTS + _CALLS_UNTIL_TRIED:
+                self._effects[namespace] = _EFFECTS - 1, effect
+                return None
+            self._effects[namespace] = count + 1, effect
+            return effect
 
     def note_vacuous(self, namespace: bytes) -> None:
         """Remember that a comparison proved nothing; after some of these there will be no verdict."""
@@ -155,7 +156,7 @@ class Verdicts:
             self._verdicts.clear()
             self._witnesses.clear()
             self._singles.clear()
-            self._draws.clear()
+            self._effects.clear()
             self._vacuous.clear()
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 from torchcache.keys.bytecode import Reads, Writes, all_codes, constant, fingerprint_code, is_constant, reads_of
 from torchcache.keys.changes import CLASS_BOOKKEEPING, Watch, is_container, is_plain_type, items_of
+from torchcache.keys.collectives import asks_rank, collectives_in
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.origins import (
     UNCOUNTED,
@@ -109,6 +110,8 @@ class CodeWalk:
         parts: What was walked, in this order, such as "function helper", with a digest of its own code. A second
             one of a label is "function helper (2)".
         classes: The classes of the user's own that were visited.
+        collectives: Names of what the code that runs calls together with other ranks.
+        asks_rank: Whether the code that runs asks for its rank, or how many there are.
     """
 
     fingerprint: bytes = b""
@@ -116,6 +119,8 @@ class CodeWalk:
     writes: Writes = field(default_factory=Writes)
     parts: list[tuple[str, bytes]] = field(default_factory=list)
     classes: tuple[type, ...] = ()
+    collectives: set[str] = field(default_factory=set)
+    asks_rank: bool = False
     _watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
     def has_changed(self) -> bool:
@@ -152,7 +157,7 @@ def walk_code(
             walk.visit_class(part)
         else:
             entries |= walk.visit_held(part)
-    walk.note_writes(entries)
+    walk.note_what_runs(entries)
     return walk.result()
 
 
@@ -547,10 +552,12 @@ class _Walk:
         self._watch.add(Name(module, sys.modules, module), MISSING if loaded is None else loaded)
         return loaded
 
-    # -- what the code changes itself -------------------------------------------------------------------
+    # -- what the code does when it runs -----------------------------------------------------------------
 
-    def note_writes(self, entries: set[str]) -> None:
-        """Note the writes and reads of what runs from ``entries`` on, followed by name through all classes.
+    def note_what_runs(self, entries: set[str]) -> None:
+        """Note what the code that runs from ``entries`` on, followed by name through all classes, writes and reads.
+
+        And whether it talks to other ranks, or asks for its own.
 
         What only builds an object is left aside, and methods that Python calls by itself are not.
         """
@@ -575,6 +582,8 @@ class _Walk:
                     continue
                 noted.add((owner, id(function)))
                 self._found.writes.note(function, owner)
+                self._found.collectives |= collectives_in(function)
+                self._found.asks_rank = self._found.asks_rank or asks_rank(function)
                 reads = reads_of(function.__code__)
                 reached = {*reads.attributes, *reads.names}
                 waiting.extend(reached - known)

@@ -31,12 +31,16 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from torchcache.keys.code import MISSING, CodeWalk, Name
+from torchcache.keys.collectives import is_distributed_tensor, is_note_of_torch, is_spanning, plain_class
 from torchcache.keys.dict_versions import Reader, versions_of
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.mode import ambient_reason, autocast_in_force, current_mode
+from torchcache.keys.ranks import has_other_ranks, rank_and_size
+from torchcache.keys.tensor_digest import is_freed
 from torchcache.keys.values import (
     GENERATORS,
     attributes_of,
+    encode_compiler,
     encode_content,
     encode_plain,
     encode_state,
@@ -45,6 +49,8 @@ from torchcache.keys.values import (
 
 #: Attributes of ``nn.Module`` that are bookkeeping, not state of their own.
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
+
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter, type(None))
 
 #: Hooks that change what an inner module returns.
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks")
@@ -56,6 +62,10 @@ _RESTLESS_CALLS = 3
 
 #: So many states are remembered as known: switching between them (train and eval) is not restless.
 _RECENT_FINGERPRINTS = 64
+
+#: A state that other ranks take part in is looked at again after so many calls only: sharded weights change at every
+#: call, and nothing is cached.
+_CROSSING_CALLS = 100
 
 #: All weights are hashed again after this many calls, but for at most 1 % of the time.
 _AUDIT_CALLS = 1000
@@ -108,6 +118,7 @@ class StateTracker:
         self._walk: CodeWalk | None = None
         self._roots: list[object] = []
         self._salt = b""
+        self._collectives: list[str] = []
         self._snapshot: _Snapshot | None = None
         self._weights = b""
         self._hashed_marks: object = None  # of the weights that were hashed
@@ -118,11 +129,12 @@ class StateTracker:
         self._recent: OrderedDict[bytes, None] = OrderedDict()
         self._restless = 0
         self._force = False
+        self._crossing_calls = 0
         self._calls_since_hash = 0
         self._hashed_at = 0.0
         self._look_seconds = 0.0
 
-    def follow(self, walk: CodeWalk | None, roots: list[object], salt: bytes) -> None:
+    def follow(self, walk: CodeWalk | None, roots: list[object], salt: bytes, collectives: Iterable[str] = ()) -> None:
         """Look at the state with the eyes of another code walk from now on.
 
         Args:
@@ -130,8 +142,9 @@ class StateTracker:
                 only training flags and mode count (for ``persistent_module_hash``).
             roots: The code of the state that the walk started from.
             salt: The front of every fingerprint: the module hash.
+            collectives: What the code calls together with other ranks.
         """
-        self._walk, self._roots, self._salt = walk, roots, salt
+        self._walk, self._roots, self._salt, self._collectives = walk, roots, salt, sorted(collectives)
         self._snapshot = None
 
     def code(self, walk: CodeWalk | None = None) -> list[object]:
@@ -153,11 +166,19 @@ class StateTracker:
         """Why a call cannot be cached in the state last seen, or None."""
         if self._ambient_reason:
             return self._ambient_reason
+        # Before what a rank's own state says: all ranks must come to the same.
+        if self.crossings and has_other_ranks():
+            return "collectives"
         if not self._fingerprint:
             return "state_changes_at_every_call"
         if self._has_opaque_weights:
             return "opaque_weights"
         return self._snapshot.bypass_reason if self._snapshot else None
+
+    @property
+    def crossings(self) -> list[str]:
+        """What a call in the state last seen does together with other ranks, if there are any."""
+        return self._collectives + (self._snapshot.crossings if self._snapshot else [])
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -192,6 +213,10 @@ class StateTracker:
 
         Empty while the state changes at every call: it is hashed again once it stood still for a call.
         """
+        if self._snapshot is not None and self.crossings and self._crossing_calls and has_other_ranks():
+            self._crossing_calls -= 1
+            return self._fingerprint
+        self._crossing_calls = _CROSSING_CALLS
         self._calls_since_hash += 1
         self._ambient_reason = ambient_reason()
         self._force = self._force or self._audit_due()
@@ -209,7 +234,7 @@ class StateTracker:
         What looks different is looked at again in full: an attribute that does not count may have come
         or gone, or an equal value may have taken another's place.
         """
-        if self._snapshot is None or current_mode() != self._mode:
+        if self._snapshot is None or self._current_mode() != self._mode:
             return True
         if not self._snapshot.looks_moved():
             return False
@@ -222,7 +247,7 @@ class StateTracker:
     def describe(self) -> Parts:
         """Return the parts of the fingerprint by name, each with its digest, from a new look at everything."""
         snapshot = _Snapshot(self._root(), self._walk)
-        parts: Parts = [("mode", repr(current_mode()).encode())]
+        parts: Parts = [("mode", repr(self._current_mode()).encode())]
         parts += [(f"weights {name}", encode_content(t) or b"opaque") for name, t in snapshot.named_tensors]
         parts += [(f"state {name}", value) for name, value in snapshot.parts]
         return [(name, digest_parts([value])) for name, value in parts]
@@ -230,9 +255,15 @@ class StateTracker:
     def _root(self) -> nn.Module | None:
         return None if self._module is None else self._module()
 
+    def _current_mode(self) -> tuple[object, ...]:
+        """Return the mode, and the rank for code that asks for it: its results are each rank's own."""
+        if self._walk is None or not self._walk.asks_rank:
+            return current_mode()
+        return (*current_mode(), rank_and_size())
+
     def _look_again(self) -> bytes:
         started = time.monotonic()
-        self._snapshot, self._mode = _Snapshot(self._root(), self._walk), current_mode()
+        self._snapshot, self._mode = _Snapshot(self._root(), self._walk), self._current_mode()
         if self._restless >= _RESTLESS_CALLS and not self._force:
             self._fingerprint = b""
             return b""
@@ -414,6 +445,7 @@ class _Snapshot:
         self._code: dict[int, object] = {}
         self.unnamed: list[tuple[str, str]] = []
         self.has_inner_hooks = False
+        self.crossings: list[str] = []  # what of the state other ranks take part in
         self.parts: Parts = self._collect(root)
         self.code = list(self._code.values())
         self.parameters: list[torch.Tensor] = [t for t in self._tensors if isinstance(t, nn.Parameter)]
@@ -474,10 +506,16 @@ class _Snapshot:
                 continue
             self._known[id(module)] = len(self._modules)
             self._modules.append(module)
-            self._note_code(type(module))
-            parts.append((path or "module", type_name(type(module))))
+            is_inner = inner or module is not root
+            cls = plain_class(type(module))
+            self._note_code(cls)
+            self._note_crossings(path, module, is_inner=is_inner)
+            parts.append((path or "module", type_name(cls)))
+            if _is_compiled(module):
+                parts.append((path or "module", self._collect_compiled(module)))
+                continue
             if not isinstance(module, torch.jit.ScriptModule):  # a reason to bypass: it has no plain attributes
-                parts += self._collect_module(path, module, is_inner=inner or module is not root)
+                parts += self._collect_module(path, module, is_inner=is_inner)
         return parts
 
     def _collect_module(self, path: str, module: nn.Module, *, is_inner: bool) -> Parts:
@@ -516,10 +554,29 @@ class _Snapshot:
                     parts.append((f"{path} hook", self._encode((hook, takes_kwargs), f"{path} hook")))
         return parts
 
+    def _note_crossings(self, path: str, module: nn.Module, *, is_inner: bool) -> None:
+        if is_spanning(type(module), is_root=not is_inner):
+            self.crossings.append(f"{type(module).__qualname__} {path}".rstrip())
+        held = {**vars(module).get("_parameters", {}), **vars(module).get("_buffers", {})}
+        for key, tensor in held.items():
+            if type(tensor) not in _PLAIN_TENSORS and is_distributed_tensor(type(tensor)):
+                self.crossings.append(f"DTensor {path}.{key}" if path else f"DTensor {key}")
+
+    def _collect_compiled(self, module: nn.Module) -> bytes:
+        """Encode what torch.compile made of a module: the module in it has all the state.
+
+        Its other attributes hold addresses, and some are made anew by the first call.
+        """
+        attributes = vars(module)
+        self._places.watch(attributes, ("dynamo_ctx",))
+        self._places.watch(attributes["_modules"], attributes["_modules"])
+        return encode_compiler(getattr(attributes["dynamo_ctx"], "callback", None))
+
     def _is_left_out(self, cls: type, key: str, value: object) -> bool:
         return (
             key.startswith(("torchcache_", "_torchcache_"))
             or key == "cache_instance"
+            or is_note_of_torch(key)
             or (
                 self._walk is not None
                 and self._walk.writes.leave_out_attribute(cls, key, is_container=_is_container(value))
@@ -588,10 +645,9 @@ class _Snapshot:
         if id(value) in self._known:
             kind = "module" if isinstance(value, nn.Module) else "tensor"
             return f"{kind} {self._known[id(value)]}".encode()
-        if isinstance(value, torch.Tensor) and (notes := getattr(value, "__dict__", None)):
+        if isinstance(value, torch.Tensor) and (notes := _notes_on(value)):
             # What somebody hung on a tensor, such as the scale of a weight in float8.
-            self._known[id(notes)] = -1
-            self._places.watch(notes, notes)
+            self._places.watch(vars(value), notes)
             return digest_parts([self._refer_plainly(value, path), self._encode(notes, f"{path}.__dict__")])
         return self._refer_plainly(value, path)
 
@@ -604,6 +660,8 @@ class _Snapshot:
         inner = _inner_tensors(value)
         if inner is not None:  # a wrapper around other tensors, which have the bytes
             self._known[id(value)] = -1
+            if is_distributed_tensor(type(value)):
+                self.crossings.append(f"DTensor {path}")
             parts = [type_name(type(value)), *(self._refer(t, f"{path}.{name}") for name, t in inner)]
             return digest_parts(parts)
         self._known[id(value)] = len(self._tensors)
@@ -710,6 +768,17 @@ def _is_container(value: object) -> bool:
     return type(value) in _BUILT_IN_CONTAINERS
 
 
+def _notes_on(tensor: torch.Tensor) -> dict[str, object]:
+    """Return the attributes that somebody hung on a tensor; not those of torch's compiler, which shape no result."""
+    notes: dict[str, object] = getattr(tensor, "__dict__", None) or {}
+    return {key: note for key, note in notes.items() if not key.startswith("_dynamo_")}
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Tell whether a module is what ``torch.compile(module)`` returns, without importing the compiler."""
+    return type(module).__name__ == "OptimizedModule" and type(module).__module__ == "torch._dynamo.eval_frame"
+
+
 def _is_torchs_own_layer(module: nn.Module) -> bool:
     """Tell whether a module's forward is torch's and uses just what its constructor made."""
     name = type(module).__module__
@@ -803,6 +872,8 @@ def _probes(tensor: torch.Tensor) -> Iterator[ctypes.Array[ctypes.c_char]]:
     """
     if tensor.device.type != "cpu" or type(tensor) not in (torch.Tensor, nn.Parameter) or not tensor.numel():
         return
+    if is_freed(tensor):
+        return
     pointer = tensor.data_ptr()
     if not pointer:
         return
@@ -821,7 +892,8 @@ def _inner_tensors(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]] | Non
     if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
         return None
     names, _ = tensor.__tensor_flatten__()
-    return [(name, getattr(tensor, name)) for name in names]
+    inner = ((name, getattr(tensor, name)) for name in names)
+    return [(name, value) for name, value in inner if isinstance(value, torch.Tensor)]
 
 
 def _bypass_reason(modules: Iterable[nn.Module], tensors: Iterable[torch.Tensor]) -> str | None:

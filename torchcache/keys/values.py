@@ -248,6 +248,11 @@ class _Encoder:
 
     def _function(self, function: types.FunctionType, path: str) -> bytes:
         function = unwrap(function)  # type: ignore[assignment]
+        compiled = vars(function).get("_torchdynamo_orig_callable")
+        if compiled is not None:  # the wrapper's closure notes what was compiled so far
+            closure = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
+            callback = closure["callback"].cell_contents if "callback" in closure else None
+            return digest_parts([b"compiled", encode_compiler(callback), self.encode(compiled, path)])
         self.on_code(function)
         parts = [b"function", self.code_of(function)]
         parts += [self.encode(default, f"{path} default") for default in function.__defaults__ or ()]
@@ -337,6 +342,22 @@ def encode_tensor(tensor: torch.Tensor) -> bytes:
     Tensors without bytes of their own (meta, sparse, quantized, subclasses) count by their type and shape.
     """
     return encode_content(tensor) or digest_parts([b"opaque", type_name(type(tensor)), _form(tensor)])
+
+
+def encode_compiler(callback: object) -> bytes:
+    """Return the name and the options of the back end that a callback of torch.compile leads to."""
+    for _ in range(_MOST_CALLBACKS):
+        callback = getattr(callback, "_torchdynamo_orig_backend", callback)
+    name = getattr(callback, "compiler_name", None)
+    if not isinstance(name, str) or not name.isidentifier():  # an object's address
+        name = type(callback).__qualname__
+    options = {key: getattr(callback, key, None) for key in ("config", "kwargs", "dynamic")}
+    plain = {key: shown for key, value in options.items() if " at 0x" not in (shown := repr(value))}
+    return digest_parts([b"compiler", name.encode(), *(f"{key} {shown}".encode() for key, shown in plain.items())])
+
+
+#: Callbacks of torch.compile lie in each other so deep.
+_MOST_CALLBACKS = 8
 
 
 def encode_content(tensor: torch.Tensor) -> bytes | None:
