@@ -227,6 +227,9 @@ class Cache:
             Exception: Whatever ``function`` raises.
         """
         if torch.compiler.is_compiling():
+            if torch.compiler.is_dynamo_compiling() and torch.compiler.is_exporting():
+                # Strict export traces this; it takes no graph break, and could trace no counter.
+                return function(*args, **kwargs)
             return cast("R", call_uncompiled(self, function, args, kwargs))
         return cast("R", self.call_eagerly(function, args, kwargs))
 
@@ -245,7 +248,12 @@ class Cache:
     def _call(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
         if _is_exporting():
             return self._bypass("export_or_trace", function, args, kwargs)
-        batch = self._signature_of(function).split(args, kwargs)
+        try:
+            batch = self._signature_of(function).split(args, kwargs)
+        except UncacheableError:
+            if any(isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())):
+                return self._bypass("export_or_trace", function, args, kwargs)
+            raise
         reason = batch.bypass_reason()
         if reason:
             return self._bypass(reason, function, args, kwargs, rows=batch.n)

@@ -6,6 +6,9 @@ from __future__ import annotations
 REMEDIES = {
     "input_requires_grad": "an input requires grad, and gradients do not flow through cached outputs; detach "
     "it or call the module under torch.no_grad()",
+    "forward_mode_gradients": "forward-mode gradients are computed, and they do not flow through cached "
+    "outputs; call the module outside of the dual level",
+    "functorch_transform": "a transform of torch.func (vmap, grad, jvp) is under way; call the module outside of it",
     "parameters_require_grad": "parameters require grad and when_grad='bypass'; call requires_grad_(False) on "
     "what is frozen",
     "batch_norm_in_training_mode": "a batch norm is in training mode, so a sample's result depends on its batch; "

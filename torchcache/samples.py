@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.autograd import forward_ad
 
 from torchcache.errors import UncacheableError
 from torchcache.keys.digest import combine, digest_parts, digest_rows
@@ -185,6 +186,10 @@ class Batch:
         """Why this call cannot be cached whatever its state, or None."""
         if self._unsupported:
             return self._unsupported
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001 - torch has no public test
+            return "functorch_transform"  # it may wrap weights, and wraps what is made while it lasts
+        if forward_ad._current_level >= 0:  # noqa: SLF001 - as above
+            return "forward_mode_gradients"
         if torch.is_grad_enabled() and any(argument.tensor.requires_grad for argument in self._tensors):
             return "input_requires_grad"
         return None
