@@ -694,6 +694,21 @@ def test_missing_parentheses_are_named_on_a_function_and_on_a_module():
         torchcache(nn.Linear(2, 2))
 
 
+def test_a_function_that_returns_before_it_has_computed_is_refused():
+    async def coroutine(x):
+        return x
+
+    def generator(x):
+        yield x
+
+    async def generator_of_both_kinds(x):
+        yield x
+
+    for function in (coroutine, generator, generator_of_both_kinds):
+        with pytest.raises(ConfigError, match="async or generator"):
+            torchcache()(function)
+
+
 def test_decorating_twice_is_refused_at_every_door():
     for make in (lambda: Documented, lambda: documented, lambda: torchcache()(Foreign()), Documented):
         with pytest.raises(ConfigError, match="already"):

@@ -38,6 +38,9 @@ class UnnamedArgument:
     type_name: str
 
 
+#: Functions that return before they have computed anything.
+_LATE = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+
 _OPTIONS = "__torchcache_options__"
 _ARGUMENTS = "_torchcache_arguments"
 
@@ -380,6 +383,11 @@ def _decorate_instance(module: nn.Module, options: CacheOptions) -> nn.Module:
 def _decorate_function(function: types.FunctionType, options: CacheOptions) -> Callable[..., Any]:
     if hasattr(function, "__torchcache_original__"):
         raise ConfigError(f"{function.__qualname__} is decorated with torchcache() already; drop one of the two")
+    if any(is_kind(function) for is_kind in _LATE):
+        raise ConfigError(
+            f"torchcache() cannot decorate {function.__qualname__}: what an async or generator function returns is not "
+            "its result yet; decorate the function inside that computes the tensors"
+        )
     _prepare(options)
     if not options.enabled:
         return function
