@@ -64,6 +64,8 @@ def _run_suite(name: str, options: argparse.Namespace, seconds: float) -> bool:
     try:
         try:
             suite.run(asked)
+            if asked.case is None:
+                asked.tally.check_hits()
             if asked.case is None and not asked.has_failed() and not asked.tally.is_proof():
                 asked.note(ViolationError("idle", "nothing was checked, so nothing is proved"))
         except Exception as error:

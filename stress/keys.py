@@ -31,7 +31,6 @@ CASES = 20_000
 
 _MOST_VIOLATIONS = 20
 _END_SECONDS = 120.0  # a case that waits for another interpreter, and the ends of all of these
-_LEAST_HIT_SHARE = 0.95
 
 
 @dataclass(slots=True)
@@ -93,8 +92,6 @@ def run(asked: Run[KeyTally]) -> None:
     without = [name for name, count in tally.kinds.items() if not count]
     if without and not asked.has_failed():
         asked.note(ViolationError("idle", f"{len(without)} kinds got no case, such as {without[0]!r}"))
-    if tally.expected and tally.hits / tally.expected < _LEAST_HIT_SHARE:
-        asked.note(ViolationError("missed", f"only {tally.hits} of {tally.expected} expected hits were hits"))
 
 
 def _tally_of(asked: Run[KeyTally], job: int) -> Path:

@@ -51,7 +51,7 @@ def _use_directory(asked: Run[StoreTally], number: int, deadline: float) -> None
         budget_bytes=_BUDGET_BYTES, eviction="none", zstd_level=rng.choice((None, 3)), lock_timeout_seconds=20.0
     )
     trial = Trial(asked, asked.directory / f"kill-{number}", settings, ledger, is_strict=True)
-    sampler = Sampler(trial)
+    sampler = Sampler(asked, trial.root.name, settings.budget_bytes)
     is_killed_early = rng.random() < 0.5
     try:
         with contextlib.closing(Members(asked, deadline - time.monotonic() + _AUDIT_SECONDS)) as members:

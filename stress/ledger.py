@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from stress.values import BATCH_ROWS, Batch
+from stress.values import Batch
 
 #: Batches a line can have; who comes so far starts again at the first.
 MOST_BATCHES = 1 << 20
@@ -23,16 +23,19 @@ class Ledger:
 
     Args:
         lines: How many lines of batches there are.
-        members: How many processes count at a time.
+        members: How many processes, or threads, count at a time.
+        also: What they count besides ``reads``, ``expected`` and ``hits``.
     """
 
-    def __init__(self, lines: int, members: int) -> None:
-        words = 1 + lines + members * len(_COUNTS)
+    def __init__(self, lines: int, members: int, also: Sequence[str] = ()) -> None:
+        self._names = (*_COUNTS, *also)
+        words = 1 + lines + members * (1 + len(self._names))
         memory = mmap.mmap(-1, 8 * words + lines * MOST_BATCHES)  # pages that nobody touches cost nothing
         numbers = np.frombuffer(memory, np.int64, words)
         self._is_over = numbers[:1]
         self._next = numbers[1 : 1 + lines]
-        self._counts = numbers[1 + lines :].reshape(members, len(_COUNTS))
+        self._longest_ns = numbers[1 + lines : 1 + lines + members]
+        self._counts = numbers[1 + lines + members :].reshape(members, len(self._names))
         self._acknowledged = np.frombuffer(memory, np.uint8, offset=8 * words).reshape(lines, MOST_BATCHES)
 
     @property
@@ -81,11 +84,21 @@ class Ledger:
         return Batch(line, int(rng.choice(numbers[-64:] if choice < 0.6 else numbers)))
 
     def count(self, member: int, **more: int) -> None:
-        """Add to the counts of a member: ``reads``, ``expected``, ``hits``."""
+        """Add to the counts of a member."""
         for name, number in more.items():
-            self._counts[member, _COUNTS.index(name)] += number
+            self._counts[member, self._names.index(name)] += number
 
-    def counts(self) -> dict[str, int]:
-        """Return the sums over all members, and how many rows were acknowledged."""
+    def time(self, member: int, seconds: float) -> None:
+        """Note how long something took that every member times."""
+        self._longest_ns[member] = max(int(self._longest_ns[member]), round(seconds * 1e9))
+
+    def longest_seconds(self) -> float:
+        """Return the longest time that any member noted."""
+        return float(self._longest_ns.max()) / 1e9
+
+    def counts(self, member: int | None = None) -> dict[str, int]:
+        """Return what one member counted; without one, the sums over all, and how many batches were acknowledged."""
+        if member is not None:
+            return dict(zip(self._names, self._counts[member].tolist(), strict=True))
         sums: Sequence[int] = self._counts.sum(axis=0).tolist()
-        return {**dict(zip(_COUNTS, sums, strict=True)), "acknowledged": BATCH_ROWS * int(self._acknowledged.sum())}
+        return {**dict(zip(self._names, sums, strict=True)), "acknowledged": int(self._acknowledged.sum())}

@@ -8,6 +8,7 @@ import signal
 import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from stress.values import ViolationError
@@ -15,6 +16,13 @@ from stress.verdict import Run
 
 #: A killed process is gone by then, unless the kernel keeps it.
 _DEATH_SECONDS = 30.0
+
+
+def say_into(path: Path) -> None:
+    """Let whatever this process and the libraries in it print from now on be appended to a file."""
+    with path.open("ab") as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
 
 
 class Members:
@@ -29,6 +37,7 @@ class Members:
         self._run = run
         self._most_seconds = most_seconds
         self._running: set[int] = set()
+        self._struck: dict[int, float] = {}  # when
 
     def close(self) -> None:
         """Kill whoever still runs."""
@@ -63,8 +72,30 @@ class Members:
         Raises:
             ViolationError: If it had ended already.
         """
+        self.strike(pid)
+        self._check_death(pid, self._wait(pid, _DEATH_SECONDS, look))
+
+    def strike(self, pid: int) -> None:
+        """Kill a member and do not wait until it is gone: on a full machine that takes its time."""
         os.kill(pid, signal.SIGKILL)
-        status = self._wait(pid, _DEATH_SECONDS, look)
+        self._struck[pid] = time.monotonic()
+
+    def is_gone(self, pid: int) -> bool:
+        """Tell whether a member that was struck is gone; once it is, it must not be asked again.
+
+        Raises:
+            ViolationError: If it had ended already, or does not go.
+        """
+        gone, status = os.waitpid(pid, os.WNOHANG)
+        if gone:
+            self._running.remove(pid)
+            self._check_death(pid, os.waitstatus_to_exitcode(status))
+        elif time.monotonic() - self._struck[pid] > _DEATH_SECONDS:
+            raise ViolationError("hang", f"member {pid} was killed and is still there after {_DEATH_SECONDS} s")
+        return bool(gone)
+
+    def _check_death(self, pid: int, status: int) -> None:
+        del self._struck[pid]
         if status != -signal.SIGKILL:
             raise ViolationError("ended", f"a member ended with status {status} before it was killed")
 

@@ -47,8 +47,11 @@ _STORE_PLANTS = ("wrong-value", "lost-record", "over-budget")
 SUITES = {
     suite.name: suite
     for suite in (
-        Suite("crowd", jobs=4, plants=_STORE_PLANTS),
+        Suite("crowd", jobs=16, plants=_STORE_PLANTS),
         Suite("kill", jobs=1, plants=_STORE_PLANTS),
+        Suite("fork", jobs=2, plants=(*_STORE_PLANTS, "open-handle")),
+        Suite("loader", jobs=2, plants=("lost-record", "wrong-value")),
+        Suite("ranks", jobs=1, plants=("lost-record", "wrong-value")),
         Suite("keys", jobs=2, plants=("blind", "restless", "short-sighted", "wrong-value"), takes=("cases", "case")),
         Suite("rows", jobs=1, plants=("short-sighted", "wrong-value"), takes=("cases",)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import platform
@@ -9,11 +10,11 @@ import random
 import shlex
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import filelock
 import lmdb
@@ -22,8 +23,13 @@ import numpy as np
 import torchcache
 from stress.ledger import Ledger
 from stress.values import BATCH_ROWS, Batch, ViolationError, check
+from torchcache.layout import Rows
+from torchcache.storage.contract import Lookup
 from torchcache.storage.directory import CacheDirectory
 from torchcache.storage.lmdb import LmdbStore, StoreSettings
+
+#: Of expected hits; the rest may be what was under way when a member was killed.
+LEAST_HIT_SHARE = 0.95
 
 _PLANT_EVERY = 5
 
@@ -44,16 +50,24 @@ class Tally:
         """Tell whether enough was counted to prove something."""
         raise NotImplementedError
 
+    def check_hits(self) -> None:
+        """Check that next to all that had to be found was.
+
+        Raises:
+            ViolationError: If not.
+        """
+        if self.expected and self.hits / self.expected < LEAST_HIT_SHARE:
+            raise ViolationError("missed", f"only {self.hits} of {self.expected} expected hits were hits")
+
 
 @dataclass(slots=True)
-class StoreTally(Tally):
-    """What a run did to a store, over all its members; expected are acknowledged rows where nothing is evicted.
+class SharedTally(Tally):
+    """What a run counted whose processes share a cache directory.
 
     Attributes:
         reads: Rows that were found and compared byte by byte.
-        evictable: Rows looked up that were acknowledged before and may have been evicted since.
-        evictable_hits: How many of these were found.
-        acknowledged: Rows that a returned ``put_many`` said are stored.
+        second_run_rows_computed: Rows that a later process did not find, or had to compute, although they had
+            been committed.
         kills: Members that were killed while they worked.
         samples: How often the bytes under the directory were counted.
         longest_gap_ms: The longest time between two samples.
@@ -62,9 +76,7 @@ class StoreTally(Tally):
     """
 
     reads: int = 0
-    evictable: int = 0
-    evictable_hits: int = 0
-    acknowledged: int = 0
+    second_run_rows_computed: int = 0
     kills: int = 0
     samples: int = 0
     longest_gap_ms: float = 0.0
@@ -74,14 +86,31 @@ class StoreTally(Tally):
     def is_proof(self) -> bool:
         return bool(self.reads and self.kills)
 
+
+@dataclass(slots=True)
+class StoreTally(SharedTally):
+    """What a run did to a store, over all its members; expected are acknowledged rows where nothing is evicted.
+
+    Attributes:
+        acknowledged: Rows that the store said are stored.
+        evictable: Rows looked up that were acknowledged before and may have been evicted since.
+        evictable_hits: How many of these were found.
+    """
+
+    acknowledged: int = 0
+    evictable: int = 0
+    evictable_hits: int = 0
+
     def add(self, ledger: Ledger, *, is_strict: bool) -> None:
-        """Add what the members of one directory counted."""
+        """Add what the members of one directory counted; the last one came after the others."""
         counts = ledger.counts()
         self.reads += counts["reads"]
-        self.acknowledged += counts["acknowledged"]
+        self.acknowledged += BATCH_ROWS * counts["acknowledged"]
         if is_strict:
             self.expected += counts["expected"]
             self.hits += counts["hits"]
+            last = ledger.counts(-1)
+            self.second_run_rows_computed += last["expected"] - last["hits"]
         else:
             self.evictable += counts["expected"]
             self.evictable_hits += counts["hits"]
@@ -162,6 +191,7 @@ class Run(Generic[_TallyT]):
             "plant": self.plant,
             **{name: round(value, 3) if isinstance(value, float) else value for name, value in tally.items()},
             "hit_share": round(hits / expected, 4) if expected else None,
+            "hangs": sum(violation["kind"] == "hang" for violation in self.violations()),
             "violations": len(self.violations()),
             "versions": {
                 "torchcache": torchcache.__version__,
@@ -180,6 +210,12 @@ class Run(Generic[_TallyT]):
         return self.directory / "violations.jsonl"
 
 
+class Readable(Protocol):
+    """What can be looked up in: a store, or a store with a queue in front."""
+
+    def get_many(self, namespace: bytes, digests: Sequence[bytes]) -> Lookup: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Trial:
     """One cache directory of a run, as its members use it.
@@ -188,7 +224,7 @@ class Trial:
         is_strict: Whether every row that was acknowledged has to be found: nothing is evicted.
     """
 
-    run: Run[StoreTally]
+    run: Run[Any]
     root: Path
     settings: StoreSettings
     ledger: Ledger
@@ -198,20 +234,27 @@ class Trial:
         """Open the store as a cache does."""
         return LmdbStore(CacheDirectory(self.root), "module-hash", self.settings)
 
+    def rows(self, batch: Batch) -> Rows:
+        """Return the right values of a batch, unless a wrong one is planted."""
+        rows = batch.rows()
+        if self.run.plant == "wrong-value" and _is_planted(batch):
+            rows.data[0, 0] ^= 1
+        return rows
+
+    def loses(self, batch: Batch) -> bool:
+        """Tell whether it is planted that a batch is acknowledged and not stored."""
+        return self.run.plant == "lost-record" and _is_planted(batch)
+
     def put(self, store: LmdbStore, batch: Batch) -> bool:
         """Commit a batch and acknowledge it; return whether all of it was stored.
 
         Raises:
             ViolationError: If the store did not account for every row.
         """
-        rows = batch.rows()
-        is_planted = batch.line == 0 and batch.number % _PLANT_EVERY == 0
-        if self.run.plant == "wrong-value" and is_planted:
-            rows.data[0, 0] ^= 1
-        if self.run.plant == "lost-record" and is_planted:
+        if self.loses(batch):
             self.ledger.acknowledge(batch)
             return True
-        written = store.put_many([store.pack(batch.namespace, rows)])
+        written = store.put_many([store.pack(batch.namespace, self.rows(batch))])
         dropped = sum(written.dropped.values())
         if written.rows + dropped != BATCH_ROWS:
             raise ViolationError("uncounted", f"of {BATCH_ROWS} rows {written.rows} stored, {dropped} dropped")
@@ -219,13 +262,19 @@ class Trial:
             self.ledger.acknowledge(batch)
         return not dropped
 
-    def read(self, store: LmdbStore, member: int, batches: Sequence[Batch]) -> int:
+    def read(self, store: Readable, member: int, batches: Sequence[Batch], own: Container[Batch] = ()) -> int:
         """Look up batches of one namespace and check all that is found; return how many rows were.
+
+        Args:
+            store: Where to look.
+            member: Who looks.
+            batches: Of one namespace.
+            own: Batches that have to be found although nobody acknowledged them: this process gave them away.
 
         Raises:
             ViolationError: If a value is wrong, or a row that must be there is not.
         """
-        expected = [self.ledger.is_acknowledged(batch) for batch in batches]  # before the look
+        expected = [self.ledger.is_acknowledged(batch) or batch in own for batch in batches]  # before the look
         digests = [digest for batch in batches for digest in batch.digests]
         found = check(batches[0].namespace, digests, store.get_many(batches[0].namespace, digests))
         lost = [i for i in range(len(digests)) if expected[i // BATCH_ROWS] and i not in found]
@@ -246,10 +295,18 @@ class Trial:
 
 
 class Sampler:
-    """Counts the bytes under a cache directory from outside, a few hundred microseconds a look."""
+    """Counts the bytes under cache directories from outside, a few hundred microseconds a look.
 
-    def __init__(self, trial: Trial) -> None:
-        self._trial = trial
+    Args:
+        run: Whose directories they are.
+        pattern: Which of the paths in the run's directory are cache directories.
+        budget_bytes: What each of them may hold.
+    """
+
+    def __init__(self, run: Run[Any], pattern: str, budget_bytes: int) -> None:
+        self._run: Run[SharedTally] = run
+        self._pattern = pattern
+        self._budget_bytes = budget_bytes
         self._looked_at: float | None = None
 
     def look(self) -> None:
@@ -258,23 +315,36 @@ class Sampler:
         Raises:
             ViolationError: If there are more bytes than the budget, or a store was found to be damaged.
         """
-        trial, tally = self._trial, self._trial.run.tally
-        if trial.run.plant == "over-budget" and trial.root.is_dir():
-            planted = trial.root / "planted"
-            planted.touch()
-            os.truncate(planted, trial.settings.budget_bytes + 1)
+        tally = self._run.tally
         now = time.monotonic()
-        used, limit = _bytes_under(trial.root), trial.settings.budget_bytes
         if self._looked_at is not None:
             tally.longest_gap_ms = max(tally.longest_gap_ms, 1000 * (now - self._looked_at))
         self._looked_at = now
         tally.samples += 1
+        for path in _glob(self._run.directory, self._pattern):
+            self._look_at(self._run.directory / path)
+
+    def _look_at(self, root: Path) -> None:
+        tally, limit = self._run.tally, self._budget_bytes
+        if self._run.plant == "over-budget":
+            planted = root / "planted"
+            planted.touch()
+            os.truncate(planted, limit + 1)
+        used = _bytes_under(root)
         tally.peak_share = max(tally.peak_share, used / limit)
         tally.over_budget_bytes = max(tally.over_budget_bytes, used - limit)
         if used > limit:
-            raise ViolationError("budget", f"{used} bytes lie under {trial.root}, {limit} are allowed")
-        if any(trial.root.glob("*.damaged")):
-            raise ViolationError("damaged", f"a store under {trial.root} was set aside as damaged")
+            raise ViolationError("budget", f"{used} bytes lie under {root}, {limit} are allowed")
+        if _glob(root, "*.damaged"):
+            raise ViolationError("damaged", f"a store under {root} was set aside as damaged")
+
+
+def _is_planted(batch: Batch) -> bool:
+    return batch.line == 0 and batch.number % _PLANT_EVERY == 0
+
+
+def _glob(directory: Path, pattern: str) -> list[str]:
+    return glob.glob(pattern, root_dir=directory)  # noqa: PTH207 - Path's fails where something goes meanwhile
 
 
 def _bytes_under(path: Path) -> int:

@@ -24,15 +24,21 @@ def stress(*words: object) -> tuple[int, list[str]]:
     return done.returncode, done.stdout.splitlines()
 
 
-@pytest.mark.parametrize("suite", ["crowd", "kill"])
-def test_a_suite_passes_and_really_checked_something(suite, tmp_path):
-    status, lines = stress("run", "--suite", suite, "--seconds", 3, "--seed", 1, "--dir", tmp_path)
+@pytest.mark.parametrize(
+    ("suite", "jobs", "least_kills"),
+    [("crowd", 2, 5), ("kill", 1, 5), ("fork", 1, 0), ("loader", 2, 0), ("ranks", 1, 1)],
+)
+def test_a_suite_passes_and_really_checked_something(suite, jobs, least_kills, tmp_path):
+    words = ("run", "--suite", suite, "--seconds", 3, "--seed", 1, "--dir", tmp_path, "--jobs", jobs)
+    status, lines = stress(*words)
     verdict = json.loads(lines[0])
     assert status == 0, "\n".join(lines)
-    assert verdict["violations"] == verdict["over_budget_bytes"] == 0
+    assert verdict["violations"] == verdict["over_budget_bytes"] == verdict["hangs"] == 0
+    assert verdict["second_run_rows_computed"] == 0
+    assert verdict["hits"] == verdict["expected"]
     assert verdict["reads"] > 100
-    assert verdict["expected"] > 100
-    assert verdict["kills"] >= 5
+    assert verdict["expected"] > 50
+    assert verdict["kills"] >= least_kills
     assert verdict["samples"] > 5
     assert lines[1:] == ["stress: 1 passed, 0 failed"]
     assert list(tmp_path.iterdir()) == []
@@ -47,6 +53,13 @@ def test_a_suite_passes_and_really_checked_something(suite, tmp_path):
         ("kill", "wrong-value", "wrong"),
         ("kill", "lost-record", "lost"),
         ("kill", "over-budget", "budget"),
+        ("fork", "wrong-value", "wrong"),
+        ("fork", "lost-record", "lost"),
+        ("fork", "over-budget", "budget"),
+        ("fork", "open-handle", "raised"),
+        ("loader", "lost-record", "lost"),
+        ("ranks", "wrong-value", "wrong"),
+        ("ranks", "lost-record", "lost"),
     ],
 )
 def test_a_suite_finds_what_was_planted_and_says_how_to_see_it_again(suite, plant, kind, tmp_path):
@@ -112,7 +125,7 @@ def test_rows_with_values_of_others_are_found(plant, tmp_path):
 def test_the_suites_are_listed_without_torch():
     status, lines = stress("list")
     assert status == 0
-    assert [line.split()[0] for line in lines] == ["crowd", "kill", "keys", "rows"]
+    assert [line.split()[0] for line in lines] == ["crowd", "kill", "fork", "loader", "ranks", "keys", "rows"]
     assert all(len(line.split()) > 5 for line in lines)
     program = "import sys, stress.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
