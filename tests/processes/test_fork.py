@@ -181,6 +181,21 @@ def test_a_thread_that_waits_for_room_in_the_queue_gets_it_after_a_fork(root):
 
 
 @in_a_process_of_its_own
+def test_a_flush_beside_a_fork_leaves_the_work_to_the_thread_which_the_next_fork_can_park(root):
+    store, work, workers = open_store(root), writer._work, []
+    writer._work = lambda until: (workers.append(threading.current_thread().name), work(until))
+    writer._is_parked = True
+    assert enqueue(store, [1])
+    thread = threading.Thread(target=lambda: writer.flush(10))
+    thread.start()
+    wait_until(lambda: workers or writer._changed._waiters)
+    writer.after_fork_in_parent()
+    thread.join(10)
+    assert set(workers) == {"torchcache-writer"}
+    assert store_hits(store, [1]) == {1}
+
+
+@in_a_process_of_its_own
 def test_a_fork_in_the_middle_of_a_commit_waits_for_it_and_both_sides_go_on(root):
     store = open_store(root)
     inside, carry_out = threading.Event(), lmdb_store._Write.carry_out

@@ -249,7 +249,7 @@ class Writer:
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return False
-                if self._thread is None:
+                if self._thread is None and not self._is_parked:  # a fork does not wait for a caller that works
                     self._changed.release()
                     try:
                         self._work(until=deadline)
