@@ -22,7 +22,7 @@ from tests.storage.known_values import (
 )
 
 BUDGET = 48 << 20
-SECONDS = 3.0
+SECONDS = 2.0
 
 
 def sample_while(root: Path, pids: list[int], timeout_seconds: float = 60.0) -> int:

@@ -241,13 +241,13 @@ def test_the_writer_thread_does_not_live_through_a_fork_and_starts_again(root):
 
 
 @in_a_process_of_its_own
-def test_two_hundred_children_come_and_go_beside_a_committing_writer(root):
+def test_a_hundred_children_come_and_go_beside_a_committing_writer(root):
     store = open_store(root)
     observer = Observer()
     numbers = iter(range(10**6))
     rng = random.Random(0)
     longest, written = 0.0, []
-    for cycle in range(200):
+    for cycle in range(100):
         mine = [next(numbers) for _ in range(20)]
         written += mine
         assert enqueue(store, mine, nbytes=3000, observer=observer)
@@ -455,3 +455,30 @@ def test_threads_that_fork_at_the_same_moment_all_succeed(root):
     assert writer.flush(10)
     assert store_hits(store, range(20)) == set(range(20))
     assert observer.faults == []
+
+
+@in_a_process_of_its_own
+def test_a_forward_may_fork_and_both_sides_go_on(root):
+    import torch
+
+    import torchcache
+
+    torch.set_num_threads(1)  # a parallel operation hangs in a forked child
+
+    def forked(x):
+        """Compute in a child, as a forward that uses a process pool does; the child calls cached code as well."""
+        values = in_child(lambda: (x * other(x)).tolist())  # noqa: PLW0108 - called in the child
+        return torch.tensor(values)
+
+    @torchcache.torchcache(persistent=True, persistent_cache_dir=root)
+    def other(x):
+        return x + 1
+
+    caching = torchcache.torchcache(persistent=True, persistent_cache_dir=root, max_memory_cache_size=0)(forked)
+    x = torch.arange(12.0).reshape(6, 2)
+    for rows in (x[:2], x[1:4], x, x):
+        assert torch.equal(caching(rows), rows * (rows + 1))
+        assert torchcache.flush_all()
+    stats = torchcache.cache_of(caching).stats()
+    assert (stats.misses, dict(stats.faults)) == (6, {})
+    assert stats.store_hits > 0

@@ -122,7 +122,7 @@ TEMPORARY = ["temporary"]
     ("method", "endings"),
     [
         ("fork", [*ORDERLY, *EARLY, *TEMPORARY]),
-        ("forkserver", [*ORDERLY, *EARLY, *TEMPORARY]),
+        ("forkserver", ["normal", "break", *TEMPORARY]),
         ("spawn", TEMPORARY),  # each worker imports torch anew
     ],
 )

@@ -211,3 +211,18 @@ def test_members_that_start_at_the_same_moment_all_get_in(place):
         assert in_child(as_team) == [0] * 6
         assert as_user(BOB, read, cache, GROUP) == [*range(40)]
         shutil.rmtree(cache)
+
+
+def test_the_option_makes_a_cache_that_the_group_shares(place):
+    from tests.storage.test_environment import call_twice
+
+    def use(cache):
+        stats, lines = call_twice(cache, shared="group")
+        assert (dict(stats.faults), lines) == ({}, [])
+        return stats.misses, stats.store_hits
+
+    cache = place / "team" / "cache"
+    call_twice(place / "warm")  # other users may not be able to read what is imported
+    assert as_user(ALICE, use, cache, umask=0o077) == (8, 0)
+    assert {mode & 0o777 for mode in modes(cache).values()} == {0o770, 0o660}
+    assert as_user(BOB, use, cache, umask=0o077) == (0, 8)
