@@ -883,7 +883,7 @@ class Cache:
         place = look.module_hash, look.is_private
         if place in self._stores:
             return self._stores[place]
-        with self._opening:
+        with self._opening.raw:
             if place not in self._stores:
                 for cls in self._identity.classes():
                     self._known.learn(cls)

@@ -258,7 +258,7 @@ def _make_cache(module: nn.Module) -> Cache:
     options = _merged_options(module)
     _prepare(options)
     arguments = vars(module).get(_ARGUMENTS, b"")
-    with _making:
+    with _making.raw:
         cache = _caches.get(id(module))
         if cache is None:
             cls: type[nn.Module] = plain_class(type(module))

@@ -60,7 +60,7 @@ class Flights:
         """
         joined: dict[int, Flight] = {}
         own: list[bytes] = []
-        with self._lock:
+        with self._lock.raw:
             flight = Flight(namespace, own)
             for position, digest in enumerate(digests):
                 other = self._under_way.get(namespace + digest) if self._under_way else None
@@ -76,7 +76,7 @@ class Flights:
     def land(self, flight: Flight, rows: Rows | None) -> None:
         """End a flight: with the rows that others may use, or with None."""
         flight.rows = rows
-        with self._lock:
+        with self._lock.raw:
             self._landings += 1
             for digest in flight.digests:
                 if self._under_way.get(flight.namespace + digest) is flight:

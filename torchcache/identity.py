@@ -95,12 +95,12 @@ class Identity:
 
     def module_hash(self) -> str:
         """Return the name of code, construction arguments and the options that shape the values."""
-        with self._lock:
+        with self._lock.raw:
             return self._module_hash or self._identify()
 
     def look(self) -> Look:
         """Look at the present state."""
-        with self._lock:
+        with self._lock.raw:
             module_hash = self._module_hash or self._identify()
             if not self._knows_collectives and has_other_ranks():
                 self._identify()
@@ -134,12 +134,12 @@ class Identity:
 
     def has_moved(self) -> bool:
         """Tell whether code or state differ from what the last look saw."""
-        with self._lock:
+        with self._lock.raw:
             return self._tracker.moved() or self._tracker.code_has_moved
 
     def refresh(self) -> None:
         """Look at everything afresh next time."""
-        with self._lock:
+        with self._lock.raw:
             self._tracker.refresh()
 
     def parameters(self) -> list[torch.Tensor]:
@@ -152,7 +152,7 @@ class Identity:
 
     def marks(self) -> object:
         """Return something that differs once a weight was changed in a way that torch counts."""
-        with self._lock:
+        with self._lock.raw:
             return self._tracker.marks()
 
     def classes(self) -> tuple[type, ...]:
@@ -161,7 +161,7 @@ class Identity:
 
     def describe(self) -> Iterator[tuple[str, bytes]]:
         """Yield each part of module hash and namespace with its digest."""
-        with self._lock:
+        with self._lock.raw:
             if self._module_hash is None:
                 self._identify()
             walk = self._walk

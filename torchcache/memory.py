@@ -71,7 +71,7 @@ class MemoryTier:
 
     def usage(self) -> tuple[int, int]:
         """Return the number of rows and the bytes charged for them."""
-        with self._lock:
+        with self._lock.raw:
             return self._rows, self._bytes + max(0, self._slots * ROW_OVERHEAD_BYTES - FREE_OVERHEAD_BYTES)
 
     def get_many(self, namespace: bytes, digests: Sequence[bytes]) -> tuple[list[Found], list[int]]:
@@ -80,7 +80,7 @@ class MemoryTier:
         Returns:
             The values found, one item a layout, and the positions that were not found.
         """
-        with self._lock:
+        with self._lock.raw:
             places = self._places.get(namespace)
             if places is None:
                 return [], list(range(len(digests)))
@@ -100,7 +100,7 @@ class MemoryTier:
         fits = self._rows_that_fit(rows.layout, 0, 0)
         if fits <= 0 or not rows.digests:
             return
-        with self._lock:
+        with self._lock.raw:
             places = self._places.setdefault(namespace, {})
             new: dict[bytes, int] = {}
             for i in range(max(0, len(rows.digests) - fits), len(rows.digests)):
@@ -116,23 +116,23 @@ class MemoryTier:
 
     def has_many(self, namespace: bytes, digests: Sequence[bytes]) -> list[bool]:
         """Tell of each digest whether its row is there; that is no use of it."""
-        with self._lock:
+        with self._lock.raw:
             places = self._places.get(namespace, {})
             return [digest in places for digest in digests]
 
     def delete_many(self, namespace: bytes, digests: Sequence[bytes]) -> int:
         """Delete rows and free the slabs that are empty then; return how many were there."""
-        with self._lock:
+        with self._lock.raw:
             return self._delete(namespace, digests)
 
     def delete_namespace(self, namespace: bytes) -> None:
         """Delete all rows of a namespace and free the slabs that are empty then."""
-        with self._lock:
+        with self._lock.raw:
             self._delete(namespace, list(self._places.get(namespace, ())))
 
     def clear(self) -> None:
         """Forget everything and free the slabs."""
-        with self._lock:
+        with self._lock.raw:
             self._forget()
 
     # -- everything below runs under the lock -------------------------------------------------------------

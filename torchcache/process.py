@@ -24,6 +24,7 @@ import functools
 import logging  # noqa: F401 - registers its own fork hooks before ours, so that ours run first
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -31,8 +32,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import util as multiprocessing_util
-from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 #: How long a fork waits for transactions and for the writer to park before the child goes without them.
 FORK_DRAIN_SECONDS = 5.0
@@ -56,42 +56,31 @@ def generation() -> int:
 class ForkLock:
     """A lock that survives a fork: taken before it, free in parent and child after it.
 
+    Attributes:
+        raw: What to say ``with`` to: a lock of C, which Ctrl-C never leaves taken. An ``__enter__`` in Python
+            can be interrupted when the lock is already held.
+
     Args:
         on_broken: Called in the child if another thread of the parent held the lock at the fork, so that
             what it guards may be half-changed.
     """
 
-    __slots__ = ("__weakref__", "_lock", "_on_broken")
+    __slots__ = ("__weakref__", "_on_broken", "raw")
 
     def __init__(self, on_broken: Callable[[], None] | None = None) -> None:
-        self._lock = threading.Lock()
+        self.raw = threading.Lock()
         self._on_broken = None if on_broken is None else _weak_callback(on_broken)
         _locks.add(self)
 
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def acquire(self, timeout_seconds: float) -> bool:
-        """Take the lock, waiting at most ``timeout_seconds``."""
-        return self._lock.acquire(timeout=timeout_seconds)
-
-    def release(self) -> None:
-        self._lock.release()
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._lock.release()
-
     def take_for_fork(self) -> bool:
-        return self._lock.acquire(timeout=FORK_LOCK_SECONDS)
+        return self.raw.acquire(timeout=FORK_LOCK_SECONDS)
 
     def free_in_parent(self, *, taken: bool) -> None:
         if taken:
-            self._lock.release()
+            self.raw.release()
 
     def free_in_child(self, *, taken: bool) -> None:
-        self._lock = threading.Lock()
+        self.raw = threading.Lock()
         callback = self._on_broken and self._on_broken()
         if not taken and callback:
             callback()
@@ -101,36 +90,44 @@ class Gate:
     """Counts the threads inside LMDB, so that a fork can wait until nobody is."""
 
     def __init__(self) -> None:
-        self._condition = threading.Condition()
-        self._inside = 0  # guarded by _condition
-        self._closers: set[object] = set()  # guarded by _condition; who keeps it closed
+        self._mutex = threading.RLock()  # again by the same thread where a passage is given up inside
+        self._changed = threading.Condition(self._mutex)
+        self._inside = 0  # guarded by _mutex
+        self._closers: set[object] = set()  # guarded by _mutex; who keeps it closed
 
-    def enter(self) -> None:
-        """Go in for one transaction; user code must not run before ``leave``.
+    def enter(self) -> Passage:
+        """Go in for one transaction; user code must not run before the passage is left.
 
         Whoever closes the gate does so for ``FORK_DRAIN_SECONDS`` at most; a lookup outwaits it.
         """
-        with self._condition:
-            self._condition.wait_for(lambda: not self._closers, timeout=2 * FORK_DRAIN_SECONDS)
-            self._inside += 1
-
-    def leave(self) -> None:
-        with self._condition:
-            self._inside -= 1
+        passage = Passage(self)
+        with self._mutex:
             if self._closers:
-                self._condition.notify_all()
+                self._changed.wait_for(lambda: not self._closers, timeout=2 * FORK_DRAIN_SECONDS)
+            self._inside += 1
+            passage.mutex = self._mutex
+        return passage
+
+    def leave(self, passage: Passage) -> None:
+        """End a passage; one that was inherited through a fork has ended already."""
+        with self._mutex:
+            if passage.mutex is self._mutex:
+                self._inside -= 1
+                if self._closers:
+                    self._changed.notify_all()
+            passage.mutex = None
 
     def close(self, closer: object, timeout_seconds: float) -> bool:
         """Let nobody in until the same ``closer`` opens it; return whether everybody left in time."""
-        with self._condition:
+        with self._mutex:
             self._closers.add(closer)
-            return self._condition.wait_for(lambda: self._inside == 0, timeout=timeout_seconds)
+            return self._changed.wait_for(lambda: self._inside == 0, timeout=timeout_seconds)
 
     def open(self, closer: object) -> None:
         """Take back what ``closer`` closed, if it did."""
-        with self._condition:
+        with self._mutex:
             self._closers.discard(closer)
-            self._condition.notify_all()
+            self._changed.notify_all()
 
     @contextmanager
     def alone(self, timeout_seconds: float) -> Iterator[bool]:
@@ -144,6 +141,26 @@ class Gate:
     def renew(self) -> None:
         """Start afresh in a forked child."""
         self.__init__()  # type: ignore[misc] # every attribute is replaced on purpose
+
+
+class Passage:
+    """That one thread is inside the gate; given up at the latest when nobody refers to it any more.
+
+    So Ctrl-C at the wrong moment leaves nobody inside for ever.
+    """
+
+    __slots__ = ("_gate", "mutex")
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self.mutex: object = None  # the gate's while inside
+
+    def leave(self) -> None:
+        self._gate.leave(self)
+
+    def __del__(self) -> None:
+        if self.mutex is not None:
+            self._gate.leave(self)
 
 
 class ForkListener(Protocol):
@@ -232,9 +249,40 @@ def _give_fork_turn_back() -> None:
         _fork_turn.release()
 
 
+class _HeldSignals:
+    """Puts signals off whose handlers in Python could raise in the middle of a hook: Ctrl-C, an alarm."""
+
+    def __init__(self) -> None:
+        self._handlers: dict[int, Any] = {}
+        self._came: list[int] = []
+
+    def hold(self) -> None:
+        """Put them off from now on, if this is the thread in which handlers run."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+            handler = signal.getsignal(number)
+            if callable(handler):
+                self._handlers[number] = handler
+                signal.signal(number, lambda came, _: self._came.append(came))
+
+    def let_go(self, *, is_parent: bool) -> None:
+        """Handle them as before; what came meanwhile comes now, to the process that was meant."""
+        came, self._came = self._came, []
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+        if is_parent:
+            for number in dict.fromkeys(came):
+                signal.raise_signal(number)
+
+
+_held_signals = _HeldSignals()
+
+
 def _before_fork() -> None:
-    """Bring everything to rest. An interrupt may end it anywhere: then the fork goes on with the rest open."""
+    """Bring everything to rest; what does not come to rest stays open."""
     _take_fork_turn()
+    _held_signals.hold()
     deadline = time.monotonic() + FORK_DRAIN_SECONDS
     rested = [listener.before_fork(deadline) for listener in list(_listeners)]
     drained = gate.close(_fork_turn, max(0.0, deadline - time.monotonic()))
@@ -254,6 +302,7 @@ def _after_fork_in_parent() -> None:
     for listener in list(_listeners):
         listener.after_fork_in_parent()
     _give_fork_turn_back()
+    _held_signals.let_go(is_parent=True)
 
 
 def _after_fork_in_child() -> None:
@@ -266,6 +315,7 @@ def _after_fork_in_child() -> None:
     _fork_turn, _forker = threading.Lock(), None
     for listener in list(_listeners):
         listener.after_fork_in_child()
+    _held_signals.let_go(is_parent=False)
 
 
 def _audit(

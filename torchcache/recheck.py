@@ -80,12 +80,12 @@ class Verdicts:
 
     def of(self, namespace: bytes) -> Verdict | None:
         """Return the verdict; None if it could not be found out and is not to be tried again."""
-        with self._lock:
+        with self._lock.raw:
             return self._verdicts.get(namespace, Verdict.UNKNOWN)
 
     def note(self, namespace: bytes, verdict: Verdict | None) -> None:
         """Remember a verdict, or with None that there will be none. One that says dependent stays."""
-        with self._lock:
+        with self._lock.raw:
             if self._verdicts.get(namespace) is not Verdict.DEPENDENT:
                 self._verdicts[namespace] = verdict
             while len(self._verdicts) > _MOST_NAMESPACES:
@@ -97,7 +97,7 @@ class Verdicts:
 
         It may have been another thread, so one such call says little and three in a row a lot.
         """
-        with self._lock:
+        with self._lock.raw:
             if effect is None:
                 self._effects.pop(namespace, None)
                 return
@@ -107,7 +107,7 @@ class Verdicts:
 
     def effect(self, namespace: bytes) -> str | None:
         """Return the effect that calls are known to have, or None; now and then one is tried again."""
-        with self._lock:
+        with self._lock.raw:
             count, effect = self._effects.get(namespace, (0, ""))
             if count < _EFFECTS:
                 return None
@@ -119,7 +119,7 @@ class Verdicts:
 
     def note_vacuous(self, namespace: bytes) -> None:
         """Remember that a comparison proved nothing; after some of these there will be no verdict."""
-        with self._lock:
+        with self._lock.raw:
             count = self._vacuous[namespace] = self._vacuous.get(namespace, 0) + 1
             if len(self._vacuous) > _MOST_NAMESPACES:
                 self._vacuous.popitem(last=False)
@@ -128,31 +128,31 @@ class Verdicts:
 
     def note_single(self, namespace: bytes) -> None:
         """Remember that a batch of two was refused: batches of one are not to be extended again."""
-        with self._lock:
+        with self._lock.raw:
             self._singles[namespace] = None
             if len(self._singles) > _MOST_NAMESPACES:
                 self._singles.popitem(last=False)
 
     def is_single(self, namespace: bytes) -> bool:
         """Tell whether a batch of two was refused."""
-        with self._lock:
+        with self._lock.raw:
             return namespace in self._singles
 
     def witness(self, namespace: bytes) -> Witness | None:
         """Return the witness that an earlier batch left."""
-        with self._lock:
+        with self._lock.raw:
             return self._witnesses.get(namespace)
 
     def leave(self, namespace: bytes, witness: Witness) -> None:
         """Leave a witness in place of any other."""
-        with self._lock:
+        with self._lock.raw:
             self._witnesses[namespace] = witness
             if len(self._witnesses) > _MOST_WITNESSES:
                 self._witnesses.popitem(last=False)
 
     def clear(self) -> None:
         """Forget everything."""
-        with self._lock:
+        with self._lock.raw:
             self._verdicts.clear()
             self._witnesses.clear()
             self._singles.clear()

@@ -75,18 +75,18 @@ class Counters:
         self._grouped: dict[str, Counter[str]] = {}
 
     def add(self, **amounts: int) -> None:
-        with self._lock:
+        with self._lock.raw:
             self._plain.update(amounts)
 
     def add_to(self, group: str, reason: str, amount: int = 1) -> int:
         """Add to one reason of a group and return its new count."""
-        with self._lock:
+        with self._lock.raw:
             counts = self._grouped.setdefault(group, Counter())
             counts[reason] += amount
             return counts[reason]
 
     def values(self) -> dict[str, int | Mapping[str, int]]:
         """Return copies of all counters, by the names of ``CacheStats``."""
-        with self._lock:
+        with self._lock.raw:
             grouped = {name: dict(counts) for name, counts in self._grouped.items()}
             return {**self._plain, **grouped}

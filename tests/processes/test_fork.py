@@ -144,7 +144,7 @@ def test_a_fork_while_the_writer_waits_for_a_lock_of_another_process_is_quick_an
     assert read_line(holder) == "ready"
     observer = Observer()
     assert enqueue(store, range(50), observer=observer)
-    wait_until(store._directory._mine._lock.locked)
+    wait_until(store._directory._mine.raw.locked)
     before = time.monotonic()
     pid = fork()
     if pid == 0:
@@ -409,7 +409,7 @@ def test_locks_held_by_another_thread_at_the_fork_are_free_in_the_child(root):
     held, leave = threading.Event(), threading.Event()
 
     def hold():
-        with lock:
+        with lock.raw:
             held.set()
             leave.wait(20)
 
@@ -419,12 +419,12 @@ def test_locks_held_by_another_thread_at_the_fork_are_free_in_the_child(root):
 
     def child():
         assert broken == [os.getpid()]
-        assert lock.acquire(0)
+        assert lock.raw.acquire(timeout=0)
 
     in_child(child)
     leave.set()
     thread.join(5)
-    assert lock.acquire(0)
+    assert lock.raw.acquire(timeout=0)
     assert broken == []
 
 

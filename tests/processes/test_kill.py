@@ -102,7 +102,7 @@ def test_killed_processes_leave_nothing_that_counts_against_the_budget_for_ever(
     """What a process killed in the middle of a removal leaves is taken away when room is needed."""
     store = open_store(root, budget_bytes=2_000_000, eviction=eviction)
     put(store, digests_of(range(10)))
-    trash = root / ".trash-of-a-killed-process"
+    trash = root / ".torchcache-trash-of-a-killed-process"
     trash.mkdir()
     (trash / "data.mdb").write_bytes(bytes(1_500_000))
     old = time.time() - 7200

@@ -92,6 +92,8 @@ def start(program: str, *args: object, **environment: str) -> subprocess.Popen[s
     """Start a Python program given as text; it finds the package and the tests."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHCACHE_", "COVERAGE_"))}
     variables |= {"PYTHONPATH": str(ROOT), "PYTHONFAULTHANDLER": "1", **environment}
+    # What is started by a shell in the background ignores Ctrl-C, and hands that on.
+    program = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n" + program
     return subprocess.Popen(
         [sys.executable, "-c", program, *map(str, args)],
         stdin=subprocess.PIPE,

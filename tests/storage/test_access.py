@@ -7,17 +7,19 @@ import os
 import random
 import shutil
 import stat
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.storage.children import in_child
-from tests.storage.known_values import NAME, digest_of, digests_of, hits_of, put
+from tests.storage.children import ChildFailedError, in_child
+from tests.storage.known_values import NAME, digest_of, digests_of, forget_environments, hits_of, put
 from torchcache.errors import StoreError
 from torchcache.storage.access import GROUP, PRIVATE
-from torchcache.storage.directory import LOCK_NAME, CacheDirectory
+from torchcache.storage.directory import LOCK_NAME, MARKER_NAME, CacheDirectory
 from torchcache.storage.lmdb import LmdbStore, StoreSettings
 
+SETTINGS = StoreSettings(budget_bytes=1 << 26)
 ALICE, BOB, TEAM, OUTSIDER = 61001, 61002, 61100, 61003
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
@@ -95,6 +97,7 @@ def test_what_one_member_wrote_is_the_others_too(place, umask):
         ".": 0o2770,
         NAME: 0o2770,
         LOCK_NAME: 0o660,
+        f"{NAME}/{MARKER_NAME}": 0o660,
         f"{NAME}/data.mdb": 0o660,
         f"{NAME}/lock.mdb": 0o660,
     }
@@ -152,7 +155,10 @@ def test_a_private_store_in_a_directory_that_others_can_write_too_is_refused_wit
     assert f"belongs to user {ALICE}" in as_user(BOB, look)
 
 
-@pytest.mark.parametrize(("mode", "remedy"), [(0o2777, "chmod o-w"), (0o2750, "chmod 2770"), (0o700, "chmod 2770")])
+@pytest.mark.parametrize(
+    ("mode", "remedy"),
+    [(0o2777, "chmod o-w"), (0o2750, "chmod -R g+rwX,g+s"), (0o700, "chmod -R"), (0o770, "chmod -R g+rwX,g+s")],
+)
 def test_a_directory_that_is_not_fit_for_a_group_is_refused_with_the_remedy(place, mode, remedy):
     cache = place / "cache"
     cache.mkdir()
@@ -167,6 +173,62 @@ def test_what_was_made_for_a_group_is_refused_by_who_asks_for_a_private_one(plac
     said = as_user(ALICE, refusal, cache, PRIVATE)
     assert "writable by others" in said
     assert "shared='group'" in said
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_directories_above_that_are_missing_are_made_for_the_group_too(place, umask):
+    cache = place / "team" / "experiment" / "one" / "cache"
+    as_user(ALICE, write, cache, GROUP, 0, umask=umask)
+    assert as_user(BOB, read, cache, GROUP, umask=umask) == [*range(10)]
+    assert stat.S_IMODE((place / "team" / "experiment").stat().st_mode) == 0o2770
+
+
+def test_the_remedy_opens_a_cache_that_its_owner_had_for_himself(place):
+    cache = place / "team" / "cache"
+    as_user(ALICE, write, cache, PRIVATE, 0)
+    said = as_user(BOB, refusal, cache, GROUP)
+    assert str(cache) in said
+    assert "chmod -R g+rwX,g+s" in said
+    subprocess.run(["chmod", "-R", "g+rwX,g+s", cache], check=True)
+    as_user(BOB, write, cache, GROUP, 10)
+    assert as_user(ALICE, read, cache, GROUP) == [*range(20)]
+
+
+def test_the_lock_of_a_private_cache_that_its_owner_shares_now_is_opened_to_the_group(place):
+    cache = place / "team" / "cache"
+    cache.mkdir()
+    os.chown(cache, ALICE, TEAM)
+    cache.chmod(0o2770)
+    as_user(ALICE, lambda: put(LmdbStore(CacheDirectory(cache), "alone", SETTINGS), [digest_of(0)]))
+    with pytest.raises(ChildFailedError, match="let its owner remove it"):
+        as_user(BOB, write, cache, GROUP, 0)
+    as_user(ALICE, write, cache, GROUP, 0)
+    as_user(BOB, write, cache, GROUP, 10)
+    assert as_user(ALICE, read, cache, GROUP) == [*range(20)]
+
+
+@pytest.mark.parametrize("access", [PRIVATE, GROUP], ids=["private", "group"])
+def test_what_we_may_not_look_into_does_not_stop_writing(place, access):
+    """The lost+found of a disk, or what a member made for himself alone."""
+    cache = place / "team" / "cache"
+    as_user(ALICE, write, cache, access, 0)
+    found = cache / "lost+found"
+    found.mkdir(mode=0o700)
+    (found / "data.mdb").write_bytes(b"")
+    as_user(ALICE, write, cache, access, 10)
+    full = as_user(ALICE, lambda: open_as(cache, access, budget_bytes=300_000).put_many([]))
+    assert not full.dropped
+    as_user(ALICE, lambda: [put(open_as(cache, access, budget_bytes=300_000), [digest_of(n)], 3000) for n in range(90)])
+
+
+def test_root_may_use_the_directory_of_a_user(place):
+    """As in a container that runs as root, with a directory of the user's mounted."""
+    cache = place / "mounted"
+    cache.mkdir(mode=0o755)
+    os.chown(cache, ALICE, ALICE)
+    write(cache, PRIVATE, 0)
+    assert read(cache, PRIVATE) == [*range(10)]
+    forget_environments()
 
 
 def test_a_file_that_an_outsider_put_there_is_not_opened(place):

@@ -17,6 +17,7 @@ from tests.storage.children import in_child
 from tests.storage.known_values import (
     NAMESPACE,
     close_environments,
+    digest_of,
     digests_of,
     directory_bytes,
     entry_of,
@@ -27,6 +28,7 @@ from tests.storage.known_values import (
     put,
     verdict_of,
 )
+from torchcache.errors import StoreError
 from torchcache.storage import budget as budgets
 from torchcache.storage import lmdb as lmdb_store
 from torchcache.storage.contract import Verdict
@@ -716,3 +718,55 @@ def test_on_a_nearly_full_disk_lru_writes_into_pages_of_its_own(root, disk):
 def test_the_real_disk_is_asked(root):
     free, total = CacheDirectory(root).free_disk_bytes()
     assert 0 < free <= total == shutil.disk_usage(root).total
+
+
+# -- what is not ours -------------------------------------------------------------------------------------------------
+
+
+def foreign_data_set(path):
+    """Make an LMDB data set of somebody else's, two hours old."""
+    with lmdb.open(str(path), map_size=1 << 24) as env, env.begin(write=True) as txn:
+        for number in range(100):
+            txn.put(b"%d" % number, bytes(1000))
+    past = time.time() - 7200
+    for entry in path.iterdir():
+        os.utime(entry, (past, past))
+    return (path / "data.mdb").read_bytes()
+
+
+@pytest.mark.parametrize("eviction", ["stale", "lru"])
+@pytest.mark.parametrize("short", ["budget", "disk"])
+def test_a_data_set_of_the_user_s_beside_the_cache_is_never_removed(root, disk, eviction, short):
+    root.mkdir()
+    before = foreign_data_set(root / "lsun_train_lmdb")
+    if short == "disk":
+        disk.free = 0
+    store = open_store(root, budget_bytes=1_000_000 if short == "budget" else 1 << 30, eviction=eviction)
+    for first in range(0, 400, 20):
+        put(store, digests_of(range(first, first + 20)), nbytes=3000)
+    assert (root / "lsun_train_lmdb" / "data.mdb").read_bytes() == before
+    store.delete_all()
+    assert (root / "lsun_train_lmdb" / "data.mdb").read_bytes() == before
+
+
+def test_a_data_set_of_the_user_s_under_the_name_of_the_cache_is_left_alone(root):
+    root.mkdir()
+    before = foreign_data_set(root / "mine")
+    (root / "mine.damaged").mkdir()
+    (root / "mine.damaged" / "precious").write_text("kept")
+    store = open_store(root, "mine")
+    with pytest.raises(StoreError, match="not made by torchcache") as caught:
+        put(store, [digest_of(1)])
+    assert caught.value.kind == "foreign"
+    store.delete_all()
+    assert (root / "mine" / "data.mdb").read_bytes() == before
+    assert (root / "mine.damaged" / "precious").read_text() == "kept"
+
+
+def test_a_directory_that_only_looks_like_trash_is_left_alone(root):
+    store = open_store(root, budget_bytes=300_000)
+    (root / ".trash-1000").mkdir()
+    (root / ".trash-1000" / "file").write_text("kept")
+    for number in range(90):
+        put(store, [digest_of(number)], nbytes=3000)
+    assert (root / ".trash-1000" / "file").read_text() == "kept"

@@ -40,7 +40,7 @@ class Access:
         if os.path.lexists(path):
             return
         # mkdir obeys the umask, and another member must not meet a directory that is still closed to it.
-        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        unfinished = path.with_name(f".torchcache-{uuid.uuid4().hex}")
         unfinished.mkdir(mode=0o700)
         try:
             os.chmod(unfinished, self.directory_mode)
@@ -51,11 +51,32 @@ class Access:
             if not path.is_dir():  # else somebody was faster, and has put something into it
                 raise
 
+    def make_directories(self, path: Path) -> None:
+        """Make a directory and those above it that are missing; the latter are the group's too, if it shares them."""
+        if not self.is_group:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        else:
+            for parent in reversed(path.parents):
+                self.make_directory(parent)
+        self.make_directory(path)
+
+    def open_file(self, path: Path) -> None:
+        """Give a file of our own the modes of a group's, if it is there: we may have made it for us alone before."""
+        if self.is_group:
+            with contextlib.suppress(OSError):
+                descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    status = os.fstat(descriptor)
+                    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+                        os.fchmod(descriptor, self.file_mode)
+                finally:
+                    os.close(descriptor)
+
     def check_root(self, path: Path) -> None:
         """Check a ``persistent_cache_dir``.
 
         A private one may also be root's, or writable by a group or, with the sticky bit, by all: what lies in
-        it is checked on its own.
+        it is checked on its own. Root may use anybody's, as in a container that mounts a user's directory.
 
         Raises:
             StoreError: If it must not be used.
@@ -65,7 +86,7 @@ class Access:
         if self.is_group:
             self._check_group(path, status)
         else:
-            if status.st_uid not in (os.geteuid(), 0):
+            if status.st_uid not in (os.geteuid(), 0) and os.geteuid():
                 raise _refused(path, f"belongs to {_user(status.st_uid)}, not to us; {_OWN_OR_GROUP}")
             if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
                 raise _refused(path, f"is writable by everybody ({_mode(status)}); {_OWN_OR_GROUP}")
@@ -107,8 +128,12 @@ class Access:
             raise _refused(path, f"is writable by everybody ({_mode(status)}), also with shared='group'; chmod o-w")
         if status.st_uid != os.geteuid() and not _is_member(status.st_gid):
             raise _refused(path, f"belongs to {_user(status.st_uid)} and to the group {status.st_gid}, not to ours")
-        if not status.st_mode & stat.S_IWGRP:
-            raise _refused(path, f"is closed to its group ({_mode(status)}) although shared='group'; chmod 2770 it")
+        if not status.st_mode & stat.S_IWGRP or not status.st_mode & stat.S_ISGID:
+            raise _refused(
+                path,
+                f"is closed to its group, or does not hand it on ({_mode(status)}), although shared='group'; "
+                "let its owner run chmod -R g+rwX,g+s on it",
+            )
 
 
 PRIVATE = Access(is_group=False, directory_mode=0o700, file_mode=0o600)

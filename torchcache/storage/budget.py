@@ -210,10 +210,12 @@ def remove_stale_environments(directory: CacheDirectory, own: str, needed_bytes:
     now = time.time()
     stale: list[tuple[float, str]] = []
     for entry in directory.path.iterdir():
-        data = entry / "data.mdb"
-        if entry.name == own or entry.name.startswith(TRASH_PREFIX) or not data.is_file():
+        try:
+            if entry.name == own or entry.name.startswith(TRASH_PREFIX) or not directory.is_ours(entry.name):
+                continue
+            touched_at = (entry / "data.mdb").stat().st_mtime
+        except OSError:  # not for us to see, or gone
             continue
-        touched_at = data.stat().st_mtime
         if now - touched_at > STALE_SECONDS:
             stale.append((touched_at, entry.name))
     removed = False

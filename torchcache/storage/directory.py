@@ -22,7 +22,10 @@ from torchcache.storage.filesystems import check_file_system
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".torchcache.lock"
-TRASH_PREFIX = ".trash-"
+TRASH_PREFIX = ".torchcache-trash-"
+
+#: Lies in each subdirectory that we made: nothing else below a cache directory is ours to remove.
+MARKER_NAME = ".torchcache"
 
 _POLL_SECONDS = 0.005
 
@@ -46,9 +49,9 @@ class CacheDirectory:
         self.access = access
         check_file_system(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            access.make_directory(path)
+            access.make_directories(path)
             access.check_root(path)
+            access.open_file(path / LOCK_NAME)
         except OSError as error:
             if isinstance(error, StoreError):
                 raise
@@ -65,7 +68,8 @@ class CacheDirectory:
             TurnCancelledError: If ``cancel`` said so while waiting.
         """
         deadline = time.monotonic() + timeout_seconds
-        while not self._mine.acquire(0.05):
+        mine = self._mine.raw
+        while not mine.acquire(timeout=0.05):
             self._check_wait(deadline, cancel)
         try:
             # A new lock object each time: an inherited one refuses to work in a forked child.
@@ -82,7 +86,7 @@ class CacheDirectory:
             finally:
                 lock.release()
         finally:
-            self._mine.release()
+            mine.release()
 
     def _acquire(self, lock: FileLock, deadline: float, cancel: Callable[[], bool] | None) -> None:
         while True:
@@ -91,7 +95,11 @@ class CacheDirectory:
             except Timeout:
                 self._check_wait(deadline, cancel)
             except OSError as error:
-                raise StoreError(f"{self.path / LOCK_NAME} cannot be locked: {error}", kind="lock") from error
+                raise StoreError(
+                    f"{self.path / LOCK_NAME} cannot be locked: {error}; if another user made it for a private cache, "
+                    "name another directory, or let its owner remove it",
+                    kind="lock",
+                ) from error
             else:
                 return
 
@@ -115,14 +123,34 @@ class CacheDirectory:
         status = os.statvfs(self.path)
         return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
 
+    def is_ours(self, name: str) -> bool:
+        """Tell whether a subdirectory was made by torchcache."""
+        return (self.path / name / MARKER_NAME).is_file()
+
+    def check_ours(self, name: str) -> None:
+        """Check that a subdirectory may be set aside and made anew.
+
+        Raises:
+            StoreError: If it was not made by torchcache.
+        """
+        if not self.is_ours(name):
+            raise StoreError(
+                f"{self.path / name} was not made by torchcache and is left alone; choose another "
+                "persistent_cache_dir or persistent_module_hash",
+                kind="foreign",
+            )
+
     def set_aside(self, name: str, suffix: str) -> None:
-        """Rename a subdirectory out of the way, replacing an earlier one set aside; the turn is held."""
+        """Rename a subdirectory of ours out of the way, replacing an earlier one set aside; the turn is held."""
+        self.check_ours(name)
         target = self.path / f"{name}.{suffix}"
         self.remove(target.name)
         os.rename(self.path / name, target)
 
     def remove(self, name: str) -> None:
-        """Remove a subdirectory; the turn is held. Processes that have it open keep what they have."""
+        """Remove a subdirectory that is ours; the turn is held. Processes that have it open keep what they have."""
+        if not self.is_ours(name):
+            return
         source = self.path / name
         trash = self.path / f"{TRASH_PREFIX}{uuid.uuid4().hex}"
         with contextlib.suppress(FileNotFoundError):
@@ -136,15 +164,19 @@ class CacheDirectory:
 
 
 def _count_bytes(path: Path | str) -> int:
+    # What is removed between listing and looking, or is not for us to see, must not hide the rest.
     total = 0
     try:
         total += os.lstat(path).st_size
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    total += _count_bytes(entry.path)
-                else:
-                    total += entry.stat(follow_symlinks=False).st_size
-    except FileNotFoundError:
-        pass  # removed by its owner between listing and looking
+        entries = list(os.scandir(path))
+    except (FileNotFoundError, PermissionError):
+        return total
+    for entry in entries:
+        try:
+            if entry.is_dir(follow_symlinks=False):
+                total += _count_bytes(entry.path)
+            else:
+                total += entry.stat(follow_symlinks=False).st_size
+        except (FileNotFoundError, PermissionError):
+            continue
     return total

@@ -22,7 +22,7 @@ import lmdb
 
 from torchcache import process
 from torchcache.errors import StoreError
-from torchcache.storage.directory import TRASH_PREFIX, CacheDirectory
+from torchcache.storage.directory import MARKER_NAME, TRASH_PREFIX, CacheDirectory
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Environment:
         Raises:
             StoreError: If it cannot be begun, or if the commit fails: nothing of it is stored then.
         """
-        handles = self.enter()
+        handles, passage = self.enter()
         try:
             with _translated(self.path):
                 handles.env.reader_check()  # readers killed in a transaction pin pages for ever
@@ -103,7 +103,7 @@ class Environment:
                     yield txn
                 self._lengthen(handles.env)
         finally:
-            process.gate.leave()
+            passage.leave()
 
     def _lengthen(self, env: lmdb.Environment) -> None:
         """Give the file the length that LMDB says it has.
@@ -143,6 +143,7 @@ class Environment:
         except StoreError as error:
             if error.kind != "damaged" or self._is_forsaken:
                 raise
+            self.directory.check_ours(self.name)
             logger.warning("%s; it is set aside and started afresh", error)
         with _translated(self.path):
             with contextlib.suppress(OSError):
@@ -189,14 +190,21 @@ class Environment:
         with _translated(self.path):
             unfinished = self.directory.path / f"{TRASH_PREFIX}{uuid.uuid4().hex}"
             self._access.make_directory(unfinished)
+            marker = unfinished / MARKER_NAME
+            marker.touch()
             self._allocate_lock_file(unfinished)
-            env = self._open_env(str(unfinished))
+            descriptor = os.open(unfinished, os.O_DIRECTORY | os.O_RDONLY)
+            try:
+                env = self._open_env(_pinned(descriptor, unfinished))
+            finally:
+                os.close(descriptor)
             try:
                 with env.begin(write=True) as txn:
                     txn.put(FORMAT_KEY, FORMAT)
                     txn.put(b"a created", str(int(time.time())).encode())
             finally:
                 env.close()
+            os.chmod(marker, self._access.file_mode)
             os.chmod(unfinished / "data.mdb", self._access.file_mode)  # LMDB obeys the umask
             os.rename(unfinished, self.path)
         self._failure, self._retry_at = None, 0.0
@@ -213,9 +221,8 @@ class Environment:
     def close(self) -> None:
         """Close the handle if nobody is inside; the next use opens it again."""
         with process.gate.alone(process.FORK_DRAIN_SECONDS) as is_alone:
-            if is_alone and self._handles is not None:
-                self._handles.env.close()
-                self._handles = None
+            if is_alone:
+                self.at_rest()
 
     def is_current(self) -> bool:
         """Tell whether the files on disk are still those that are open."""
@@ -231,9 +238,9 @@ class Environment:
         return True
 
     def at_rest(self) -> None:
-        if self._handles is not None:
-            self._handles.env.close()
-            self._handles = None
+        handles, self._handles = self._handles, None  # first: nobody may find it closed
+        if handles is not None:
+            handles.env.close()
 
     def after_fork_in_parent(self) -> None:
         pass
@@ -248,16 +255,16 @@ class Environment:
 
     # -- opening ----------------------------------------------------------------------------------------------
 
-    def enter(self) -> Handles:
+    def enter(self) -> tuple[Handles, process.Passage]:
         """Go through the gate with open handles; the caller leaves it."""
         handles = self._ready()
-        process.gate.enter()
+        passage = process.gate.enter()
         if handles is self._handles:
-            return handles
+            return handles, passage
         try:
-            return self._opened()  # closed between the two lines, by a fork; inside the gate it stays open
+            return self._opened(), passage  # closed between the two, by a fork; inside the gate it stays open
         except BaseException:
-            process.gate.leave()
+            passage.leave()
             raise
 
     def _ready(self, *, at_once: bool = False) -> Handles:
@@ -274,7 +281,7 @@ class Environment:
 
     def _opened(self, *, at_once: bool = False) -> Handles:
         now = time.monotonic()
-        with self._lock:
+        with self._lock.raw:
             if self._is_forsaken:
                 raise StoreError("a fork interrupted a transaction; this process goes on in memory", kind="fork")
             if self._handles is not None:
@@ -304,9 +311,8 @@ class Environment:
                 self._allocate_lock_file(self.path)
                 for name in ("data.mdb", "lock.mdb"):
                     self._access.check_file(self.path / name)
-                pinned = f"/proc/self/fd/{descriptor}"
                 try:
-                    env = self._open_env(pinned if os.path.isdir(pinned) else str(self.path))
+                    env = self._open_env(_pinned(descriptor, self.path))
                 except lmdb.Error as error:
                     if os.fstat(descriptor).st_nlink:
                         raise
@@ -385,7 +391,7 @@ class Environment:
 def shared_environment(directory: CacheDirectory, name: str, budget: int) -> Environment:
     """Return this process's environment for a subdirectory."""
     key = os.path.realpath(directory.path / name)
-    with _environments_lock:
+    with _environments_lock.raw:
         if key not in _environments:
             _environments[key] = Environment(directory, name, budget)
         return _environments[key]
@@ -394,17 +400,17 @@ def shared_environment(directory: CacheDirectory, name: str, budget: int) -> Env
 class _Reading:
     """A read transaction inside the gate; a class, since generators would double the cost of a single read."""
 
-    __slots__ = ("_environment", "_txn")
+    __slots__ = ("_environment", "_passage", "_txn")
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
 
     def __enter__(self) -> lmdb.Transaction:
-        env = self._environment.enter().env
+        handles, self._passage = self._environment.enter()
         try:
-            self._txn = self._begin(env)
-        except Exception as error:  # noqa: BLE001 - what is not LMDB's or the system's is raised as it is
-            process.gate.leave()
+            self._txn = self._begin(handles.env)
+        except BaseException as error:  # noqa: BLE001 - what is not LMDB's or the system's is raised as it is
+            self._passage.leave()
             _raise_translated(self._environment.path, error)
         return self._txn
 
@@ -414,7 +420,7 @@ class _Reading:
         try:
             self._txn.abort()
         finally:
-            process.gate.leave()
+            self._passage.leave()
         if error is not None:
             _raise_translated(self._environment.path, error)
 
@@ -457,6 +463,12 @@ def _raise_translated(path: Path, error: BaseException) -> NoReturn:
     if isinstance(error, (OSError, MemoryError, RuntimeError)) and not isinstance(error, StoreError):
         raise StoreError(f"{path}: {error}", kind="disk") from error
     raise error
+
+
+def _pinned(descriptor: int, path: Path) -> str:
+    """Return a name of an open directory that nobody can take away, and that LMDB can read whatever is in ``path``."""
+    pinned = f"/proc/self/fd/{descriptor}"
+    return pinned if os.path.isdir(pinned) else str(path)
 
 
 def _file_bytes(path: Path) -> int:

@@ -53,7 +53,7 @@ def temporary_directory() -> Path:
         StoreError: If it cannot be made.
     """
     global _directory, _descriptor  # noqa: PLW0603 - one a program, that is the point
-    with _lock:
+    with _lock.raw:
         if _directory is None:
             reserve()
             path = _path()

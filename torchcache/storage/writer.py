@@ -96,15 +96,17 @@ class Writer:
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._waiting: deque[_Job] = deque()  # guarded by _changed
-        self._under_way: list[_Job] = []  # guarded by _changed
-        self._bytes = 0  # guarded by _changed
-        self._tasks = 0  # guarded by _changed
-        self._pending: dict[tuple[Path, bytes], tuple[Rows, int]] = {}  # guarded by _changed
-        self._thread: threading.Thread | None = None  # guarded by _changed
-        self._is_parked = False  # guarded by _changed
-        self._is_ended = False  # guarded by _changed
+        # Said ``with`` to instead of the condition, whose own __enter__ Ctrl-C could leave with the lock taken.
+        self._mutex = threading.RLock()
+        self._changed = threading.Condition(self._mutex)
+        self._waiting: deque[_Job] = deque()  # guarded by _mutex
+        self._under_way: list[_Job] = []  # guarded by _mutex
+        self._bytes = 0  # guarded by _mutex
+        self._tasks = 0  # guarded by _mutex
+        self._pending: dict[tuple[Path, bytes], tuple[Rows, int]] = {}  # guarded by _mutex
+        self._thread: threading.Thread | None = None  # guarded by _mutex
+        self._is_parked = False  # guarded by _mutex
+        self._is_ended = False  # guarded by _mutex
         self.flush_seconds = 0.0  # the longest that a caller asked for
         process.listen_to_forks(self)
 
@@ -135,7 +137,7 @@ class Writer:
             return self._bytes == 0 or self._bytes + job.nbytes <= queue_bytes or self._is_ended
 
         deadline = time.monotonic() + timeout_seconds
-        with self._changed:
+        with self._mutex:
             while not has_room():
                 self._start()  # again after a fork, which ends the thread
                 left = deadline - time.monotonic()
@@ -168,7 +170,7 @@ class Writer:
         Returns:
             Whether it was accepted: a task that finds too many waiting is dropped.
         """
-        with self._changed:
+        with self._mutex:
             if self._is_ended or self._tasks >= _MOST_TASKS:
                 return False
             self.flush_seconds = max(self.flush_seconds, flush_seconds)
@@ -184,7 +186,7 @@ class Writer:
 
         They may still be committed: a task behind them has to delete them.
         """
-        with self._changed:
+        with self._mutex:
             path = store.path
             if digests is None:
                 keys = [key for key in self._pending if key[0] == path and key[1].startswith(namespace)]
@@ -197,7 +199,7 @@ class Writer:
         """Tell of each digest whether its row is accepted and not committed yet."""
         if not self._pending:
             return [False] * len(digests)
-        with self._changed:
+        with self._mutex:
             path = store.path
             return [(path, namespace + digest) in self._pending for digest in digests]
 
@@ -209,7 +211,7 @@ class Writer:
             return [], list(range(len(digests)))
         by_layout: dict[Layout, list[tuple[int, Rows, int]]] = {}
         missing: list[int] = []
-        with self._changed:
+        with self._mutex:
             path = store.path
             for position, digest in enumerate(digests):
                 place = self._pending.get((path, namespace + digest))
@@ -228,7 +230,7 @@ class Writer:
 
     def queued(self, store: WritableStore) -> tuple[int, int]:
         """Return how many rows and bytes of a store are accepted and not committed."""
-        with self._changed:
+        with self._mutex:
             jobs = [job for job in (*self._waiting, *self._under_way) if job.store is store]
             return sum(job.n for job in jobs), sum(job.nbytes for job in jobs)
 
@@ -238,7 +240,7 @@ class Writer:
         Without a thread (none can be started while the interpreter ends) the caller does the work.
         """
         deadline = time.monotonic() + timeout_seconds
-        with self._changed:
+        with self._mutex:
             targets = {id(j) for j in (*self._waiting, *self._under_way) if store is None or j.store is store}
 
             def is_done() -> bool:
@@ -250,11 +252,11 @@ class Writer:
                 if left <= 0:
                     return False
                 if self._thread is None and not self._is_parked:  # a fork does not wait for a caller that works
-                    self._changed.release()
+                    self._mutex.release()
                     try:
                         self._work(until=deadline)
                     finally:
-                        self._changed.acquire()
+                        self._mutex.acquire()
                 else:
                     self._changed.wait(min(left, _LOOK_SECONDS))
             return True
@@ -263,7 +265,7 @@ class Writer:
         """Commit what is accepted, within the flush timeout; accept nothing more. Says what was lost."""
         deadline = time.monotonic() + self.flush_seconds
         self.flush(self.flush_seconds)
-        with self._changed:
+        with self._mutex:
             self._is_ended = True
             lost = sum(job.n for job in self._waiting)
             for job in self._waiting:
@@ -284,15 +286,15 @@ class Writer:
 
     def before_fork(self, deadline: float) -> bool:
         """Park the thread: it puts back what it has not committed and ends."""
-        with self._changed:
+        with self._mutex:
             self._is_parked = True
             self._changed.notify_all()
             thread = self._thread
         if thread is not None:
             thread.join(max(0.0, deadline - time.monotonic()))
-        taken = self._changed.acquire(timeout=process.FORK_LOCK_SECONDS)
+        taken = self._mutex.acquire(timeout=process.FORK_LOCK_SECONDS)
         if taken:
-            self._changed.release()
+            self._mutex.release()
         return taken and (thread is None or not thread.is_alive())
 
     def at_rest(self) -> None:
@@ -300,11 +302,12 @@ class Writer:
 
     def after_fork_in_parent(self) -> None:
         # The thread starts again with the next call: started here, it would make os.fork() warn.
-        with self._changed:
+        with self._mutex:
             self._is_parked = False
 
     def after_fork_in_child(self) -> None:
-        self._changed = threading.Condition()
+        self._mutex = threading.RLock()
+        self._changed = threading.Condition(self._mutex)
         self._waiting, self._under_way, self._bytes, self._tasks = deque(), [], 0, 0
         self._thread, self._is_parked, self._is_ended = None, False, False
         self.flush_seconds = 0.0
@@ -332,7 +335,7 @@ class Writer:
         except BaseException:
             logger.exception("the writer thread failed; it starts again with the next write")
         finally:
-            with self._changed:
+            with self._mutex:
                 if self._thread is threading.current_thread():
                     self._thread = None
                 self._changed.notify_all()
@@ -340,7 +343,7 @@ class Writer:
     def _work(self, until: float | None) -> None:
         """Commit batches until there are none for a while, or until the time ``until``."""
         while until is None or time.monotonic() < until:
-            with self._changed:
+            with self._mutex:
                 if until is None:
                     self._changed.wait_for(lambda: self._waiting or self._is_parked, timeout=_IDLE_SECONDS)
                 if not self._waiting or self._is_parked:
@@ -354,7 +357,7 @@ class Writer:
             except TurnCancelledError:
                 done = ()
             finally:
-                with self._changed:
+                with self._mutex:
                     if not done:
                         self._waiting.extendleft(reversed(batch))
                     self._under_way = []
