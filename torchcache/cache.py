@@ -394,9 +394,10 @@ class Cache:
         computed: list[Found] = []
         can_wait = len(_calling.active) == 1
         for joins in (can_wait, False):
-            flight, joined = self._flights.claim(call.namespace, call.rows_at(wanted), joins=joins)
+            flight = Flight(call.namespace)
             shared: Rows | None = None
             try:
+                joined = self._flights.claim(flight, call.rows_at(wanted), joins=joins)
                 own = [p for i, p in enumerate(wanted) if i not in joined]
                 if self._flights.landings != call.landings:
                     landed, own = self._fetch("memory", call, own)

@@ -16,12 +16,18 @@ JOIN_SECONDS = 60.0
 class Flight:
     """The rows that one call computes; ``rows`` are there once it has landed, unless it failed."""
 
-    def __init__(self, namespace: bytes, digests: Sequence[bytes]) -> None:
+    def __init__(self, namespace: bytes) -> None:
         self.namespace = namespace
-        self.digests = digests
+        self.digests: list[bytes] = []
         self.rows: Rows | None = None
         self.generation = process.generation()
+        self.owner = threading.current_thread()
         self.has_landed = threading.Event()
+
+    def is_under_way(self) -> bool:
+        """Tell whether another thread of this process computes it; a forked child has none of its parent's."""
+        owner = self.owner
+        return self.generation == process.generation() and owner is not threading.current_thread() and owner.is_alive()
 
     def wait(self) -> Rows | None:
         """Return the rows; None if they did not come, or not in time."""
@@ -46,32 +52,30 @@ class Flights:
         """How many flights have ended; more than before a lookup means that rows may be there since."""
         return self._landings
 
-    def claim(self, namespace: bytes, digests: Sequence[bytes], *, joins: bool) -> tuple[Flight, dict[int, Flight]]:
-        """Claim rows for this call.
+    def claim(self, flight: Flight, digests: Sequence[bytes], *, joins: bool) -> dict[int, Flight]:
+        """Claim rows for a flight of this thread.
 
         Args:
-            namespace: 16 bytes.
+            flight: A new one, to be ``land``-ed whatever happens, also if this is interrupted.
             digests: The rows that no tier has, each once.
             joins: Whether the call may wait for others.
 
         Returns:
-            A flight for the rows to compute, to be ``land``-ed whatever happens, and for each position in
-            ``digests`` that somebody else computes, whose flight to wait for.
+            For each position in ``digests`` that somebody else computes, whose flight to wait for; the others
+            are the flight's.
         """
         joined: dict[int, Flight] = {}
-        own: list[bytes] = []
         with self._lock.raw:
-            flight = Flight(namespace, own)
             for position, digest in enumerate(digests):
-                other = self._under_way.get(namespace + digest) if self._under_way else None
-                if other is not None and other.generation == flight.generation:
+                other = self._under_way.get(flight.namespace + digest) if self._under_way else None
+                if other is not None and other.is_under_way():
                     if joins:
                         joined[position] = other
                         continue
-                else:  # a thread of the parent, which a forked child does not have, or nobody
-                    self._under_way[namespace + digest] = flight
-                own.append(digest)
-        return flight, joined
+                else:  # nobody, or somebody who will not land it any more
+                    self._under_way[flight.namespace + digest] = flight
+                flight.digests.append(digest)
+        return joined
 
     def land(self, flight: Flight, rows: Rows | None) -> None:
         """End a flight: with the rows that others may use, or with None."""
