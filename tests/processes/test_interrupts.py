@@ -7,7 +7,7 @@ import pytest
 from tests.storage.children import run
 
 PROGRAM = """
-import _thread, os, random, signal, sys, threading, time, torch, torchcache
+import os, random, signal, sys, time, torch, torchcache
 
 torch.set_num_threads(1)
 
@@ -18,21 +18,17 @@ def double(x):
 rng = random.Random(0)
 x = torch.arange(64.0).reshape(32, 2)
 double(x)
-is_over = threading.Event()
 interrupts, armed = 0, False
 
 def on_interrupt(*_):
     #Interrupt what is tested, once, and not the test.
     global interrupts, armed
+    signal.setitimer(signal.ITIMER_REAL, rng.uniform(0.0001, 0.003))
     if armed:
         interrupts, armed = interrupts + 1, False
         raise KeyboardInterrupt
 
-signal.signal(signal.SIGINT, on_interrupt)
-
-def interrupt():
-    while not is_over.wait(rng.uniform(0.0005, 0.004)):
-        _thread.interrupt_main()
+signal.signal(signal.SIGALRM, on_interrupt)  # a timer, which strikes anywhere
 
 def use(number):
     rows = torch.tensor([[float(number), 1.0]]) if number % 3 else x[number % 32 : number % 32 + 4]
@@ -47,11 +43,11 @@ def fork():
     pid = os.fork()
     if pid == 0:
         armed = False
+        signal.setitimer(signal.ITIMER_REAL, 0)
         os._exit(0 if torch.equal(double(x), x * 2) else 1)
     assert os.waitpid(pid, 0)[1] == 0, "the child was wrong"
 
-thread = threading.Thread(target=interrupt, daemon=True)
-thread.start()
+signal.setitimer(signal.ITIMER_REAL, 0.001)
 number, end = 0, time.monotonic() + 4
 while time.monotonic() < end:
     try:
@@ -62,8 +58,7 @@ while time.monotonic() < end:
         armed = False
     except KeyboardInterrupt:
         pass
-is_over.set()
-thread.join()
+signal.setitimer(signal.ITIMER_REAL, 0)
 before = time.monotonic()
 assert torch.equal(double(x + 1000), (x + 1000) * 2)
 assert torchcache.flush_all(5)
