@@ -1500,8 +1500,8 @@ def test_batch_sizes_that_differ_are_refused():
         [1, 2],
         {"a": 1},
         object(),
-        [torch.rand(4, 2)],
-        (torch.rand(4, 2),),
+        [torch.rand(4, 2), object()],
+        (torch.rand(4, 2), [{1}]),
         {1},
         np.zeros(3),
         lambda x: x,
@@ -1514,7 +1514,7 @@ def test_an_argument_that_cannot_be_named_is_refused(value):
     for error in (refusal_of(function, batch(), value), refusal_of(function, batch(), extra=value)):
         assert error.argument == "extra"
         assert type(value).__name__ in str(error)
-        assert "tensors as arguments of their own" in str(error)
+        assert "tensors with the batch in front" in str(error)
 
 
 @pytest.mark.parametrize(

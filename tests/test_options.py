@@ -31,6 +31,7 @@ OTHER = {
     "zstd_compression": True,
     "zstd_compression_level": 9,
     "version": "2",
+    "unbatched": ("x",),
     "eviction": "none",
     "min_free_disk": "5GB",
     "shared": "group",
@@ -458,3 +459,8 @@ def test_a_directory_that_cannot_be_created_costs_one_line_and_the_run_goes_on(c
     assert add_one.cache_instance.stats().memory_hits == 8
     assert add_one.cache_instance.cache_dir is None
     assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
+
+
+@pytest.mark.parametrize("value", ["mask", None, 3, [1], {"mask"}], ids=repr)
+def test_names_are_a_tuple_or_list_of_texts(value):
+    assert "('mask',)" in refusal_of(unbatched=value)

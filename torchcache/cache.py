@@ -875,7 +875,9 @@ class Cache:
         if signature is None:
             # The base's forward, called past the decorated one, gives other results for the same input.
             label = "" if plain is unwrap(self._target.function) else getattr(plain, "__qualname__", "")
-            signature = CallSignature(plain, is_method=hasattr(function, "__self__"), label=label)
+            signature = CallSignature(
+                plain, is_method=hasattr(function, "__self__"), label=label, unbatched=self.options.unbatched
+            )
             self._signatures[plain] = signature
         return signature
 

@@ -22,6 +22,7 @@ from torchcache.keys.collectives import plain_class
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.values import UnnamedValueError, encode_argument
 from torchcache.options import CacheOptions, OptionArguments
+from torchcache.samples import CallSignature
 from torchcache.storage import temporary
 
 if TYPE_CHECKING:
@@ -107,12 +108,14 @@ def cache_of(target: object) -> Cache:
     return cache
 
 
-def _prepare(options: CacheOptions) -> None:
+def _prepare(options: CacheOptions, function: Callable[..., Any], *, is_method: bool) -> None:
     """Check the merged options, and see to it that a temporary directory is gone at the end.
 
     Here and not at first use: workers may use it although this process never does.
     """
     options.check_combinations()
+    if options.unbatched:
+        CallSignature(function, is_method=is_method, label="", unbatched=options.unbatched)
     if options.enabled and options.persistent and options.persistent_cache_dir is None:
         temporary.reserve()
 
@@ -225,7 +228,7 @@ def _encode_arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any
 def _check_construction(module: nn.Module) -> None:
     """Check what only a whole instance can tell; called at the end of the outermost constructor."""
     options = _merged_options(module)
-    _prepare(options)
+    _prepare(options, type(module).forward, is_method=True)
     arguments = vars(module).get(_ARGUMENTS)
     if isinstance(arguments, UnnamedArgument) and options.enabled and not options.persistent_module_hash:
         warnings.warn(
@@ -256,7 +259,7 @@ def _cache_of_instance(module: nn.Module) -> Cache | None:
 
 def _make_cache(module: nn.Module) -> Cache:
     options = _merged_options(module)
-    _prepare(options)
+    _prepare(options, type(module).forward, is_method=True)
     arguments = vars(module).get(_ARGUMENTS, b"")
     with _making.raw:
         cache = _caches.get(id(module))
@@ -370,7 +373,7 @@ def _decorate_instance(module: nn.Module, options: CacheOptions) -> nn.Module:
             f"torchcache() cannot decorate a {type(module).__qualname__}: its code is not Python any more; call it "
             "from a module or function of your own and decorate that"
         )
-    _prepare(options.with_attributes(module))
+    _prepare(options.with_attributes(module), module.forward, is_method=False)
     forward = _CachedForward(module, options)
     module.forward = forward
     forward.cache(module)
@@ -388,7 +391,7 @@ def _decorate_function(function: types.FunctionType, options: CacheOptions) -> C
             f"torchcache() cannot decorate {function.__qualname__}: what an async or generator function returns is not "
             "its result yet; decorate the function inside that computes the tensors"
         )
-    _prepare(options)
+    _prepare(options, function, is_method=False)
     if not options.enabled:
         return function
     cache = Cache(Target(name=function.__qualname__, code=function, function=function), lambda: options)

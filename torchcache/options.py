@@ -6,7 +6,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -50,6 +50,7 @@ class OptionArguments(TypedDict, total=False):
     zstd_compression: bool
     zstd_compression_level: int
     version: str | None
+    unbatched: Sequence[str]
     min_free_disk: float | str | None
     eviction: str
     shared: str | None
@@ -113,6 +114,12 @@ def _optional_text(name: str, value: object) -> str | None:
     if value is not None and not isinstance(value, str):
         raise ConfigError(f"{name}={value!r} must be a string or None", argument=name)
     return value
+
+
+def _names(name: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
+        return tuple(value)
+    raise ConfigError(f"{name}={value!r} must be a tuple of argument names, such as ('mask',)", argument=name)
 
 
 def _directory(name: str, value: object) -> Path | None:
@@ -214,6 +221,8 @@ class CacheOptions:
         zstd_compression: Compress records on disk.
         zstd_compression_level: -100 (fastest) to 22 (smallest).
         version: Any string; another one starts afresh.
+        unbatched: Names of arguments that all samples of a call share, although they are or hold tensors: a
+            mask, position ids. They count by value.
         eviction: What makes room on disk: "stale" removes what nobody touched for an hour, "lru" the
             least recently used, "none" nothing.
         shared: None for files that only this user can read; "group" for a directory that the members of its
@@ -243,6 +252,7 @@ class CacheOptions:
     zstd_compression: bool = _option(False, _flag, shapes_key=True)
     zstd_compression_level: int = _option(3, _level, shapes_key=False)
     version: str | None = _option(None, _optional_text, shapes_key=True)
+    unbatched: tuple[str, ...] = _option((), _names, shapes_key=False)
     eviction: str = _option("stale", _one_of("stale", "none", "lru"), shapes_key=False)
     shared: str | None = _option(None, _one_of_or_none("group"), shapes_key=False)
     when_grad: str = _option("detach", _one_of("detach", "bypass", "raise"), shapes_key=False)

@@ -21,8 +21,8 @@ from torchcache.layout import (
     Leaf,
     empty_rows,
 )
-from torchcache.samples import DTYPE_NAMES, to_numpy, unsupported_kind
 from torchcache.structure import KnownClasses, Tree
+from torchcache.tensors import DTYPE_NAMES, to_numpy, unsupported_kind
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 

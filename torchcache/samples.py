@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.autograd import forward_ad
 
-from torchcache.errors import UncacheableError
-from torchcache.keys.digest import combine, digest_parts, digest_rows
+from torchcache.arguments import Argument, Tensors, Texts, open_argument
+from torchcache.errors import ConfigError, UncacheableError
+from torchcache.keys.digest import combine, digest_parts
 from torchcache.keys.values import encode_plain
-from torchcache.layout import DTYPE_SIZES
-
-#: Dtypes that NumPy lacks are moved as integers of the same size.
-_AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-_WITHOUT_NUMPY = {
-    dtype: _AS_INTEGER[DTYPE_SIZES[name]]
-    for name in DTYPE_SIZES
-    if name in ("bfloat16", "complex32") or name.startswith("float8")
-    if (dtype := getattr(torch, name, None)) is not None
-}
-#: The dtypes whose rows are bytes to us, with the names they have in a layout.
-DTYPE_NAMES: dict[torch.dtype, str] = {
-    dtype: name for name in DTYPE_SIZES if (dtype := getattr(torch, name, None)) is not None
-}
-_PLAIN_KINDS = "int, float, str, bool, None, bytes, enum, torch.dtype, torch.device or a tuple of these"
+from torchcache.tensors import unsupported_kind
 
 
 class CallSignature:
@@ -38,9 +24,15 @@ class CallSignature:
         function: The function, not bound.
         is_method: Its first parameter is bound already.
         label: Enters the digest of every sample.
+        unbatched: Names of arguments that all samples share, although they are or hold tensors.
+
+    Raises:
+        ConfigError: If ``unbatched`` names no parameter.
     """
 
-    def __init__(self, function: Callable[..., object], *, is_method: bool, label: str) -> None:
+    def __init__(
+        self, function: Callable[..., object], *, is_method: bool, label: str, unbatched: Sequence[str] = ()
+    ) -> None:
         self._label = label.encode()
         parameters = list(inspect.signature(function).parameters.values())
         if is_method and parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
@@ -56,6 +48,9 @@ class CallSignature:
         self._keywords = frozenset({
             *by_kind.get(inspect.Parameter.POSITIONAL_OR_KEYWORD, ()), *by_kind.get(inspect.Parameter.KEYWORD_ONLY, ()),
         })  # fmt: skip
+        self._unbatched = frozenset(unbatched)
+        if inspect.Parameter.VAR_KEYWORD not in by_kind:
+            _check_names("unbatched", unbatched, [p.name for p in parameters])
         # A default that is not plain is part of the code and counts there.
         self._defaults = {
             p.name: encoded
@@ -72,74 +67,71 @@ class CallSignature:
         """
         if len(args) > len(self._names) and self._rest is None:
             self._signature.bind(*args, **kwargs)
-        tensors: list[_TensorArgument] = []
+        arguments: list[Argument] = []
         plain: dict[str, bytes] = {"": self._label, **self._defaults}
         for place, value in enumerate(args):
             name = self._names[place] if place < len(self._names) else f"{self._rest}[{place - len(self._names)}]"
-            plain.pop(name, None)
-            _sort_argument(name, place, value, tensors, plain)
+            self._sort_argument(name, place, value, arguments, plain)
         surplus = [key for key in kwargs if key not in self._keywords]
         if len(surplus) > 1:  # code that goes through **kwargs sees their order
             plain["**order"] = digest_parts(key.encode("utf-8", "surrogatepass") for key in surplus)
         for key, value in kwargs.items():
             # One that only **kwargs takes may be called like an argument that is given by position.
             name = f"**{key}" if key in self._positional_only or "[" in key else key
-            plain.pop(name, None)
-            _sort_argument(name, key, value, tensors, plain)
-        unsupported = next(filter(None, (unsupported_kind(argument.tensor) for argument in tensors)), None)
-        n = 0 if unsupported else _batch_size(tensors)
-        tensors.sort(key=lambda argument: argument.name)
-        return Batch(args, kwargs, tensors, plain, n, unsupported)
+            self._sort_argument(name, key, value, arguments, plain)
+        return Batch(args, kwargs, arguments, plain)
+
+    def _sort_argument(
+        self, name: str, place: int | str, value: object, arguments: list[Argument], plain: dict[str, bytes]
+    ) -> None:
+        """Put an argument among those whose samples are told apart, or among what all samples share."""
+        plain.pop(name, None)
+        is_shared = name in self._unbatched or (self._rest in self._unbatched and name.startswith(f"{self._rest}["))
+        if isinstance(value, torch.Tensor) and not is_shared:
+            arguments.append(Argument(name, place, [Tensors(name, value)]))
+            return
+        encoded = encode_plain(value)
+        if encoded is None:
+            argument, encoded = open_argument(name, place, value, is_shared=is_shared)
+            arguments.append(argument)
+        if encoded:
+            plain[name] = encoded
 
 
-@dataclass(frozen=True, slots=True)
-class _TensorArgument:
-    name: str
-    place: int | str  # index into args, or key of kwargs
-    tensor: torch.Tensor
-
-
-def _sort_argument(
-    name: str, place: int | str, value: object, tensors: list[_TensorArgument], plain: dict[str, bytes]
-) -> None:
-    if isinstance(value, torch.Tensor):
-        tensors.append(_TensorArgument(name, place, value))
-        return
-    encoded = encode_plain(value)
-    if encoded is None:
-        if isinstance(value, torch.nn.Module):
-            raise UncacheableError(
-                f"argument {name!r} is a {type(value).__qualname__}, which cannot be part of a cache key; decorate "
-                "the module's class or the module itself instead of its method or of a function that takes it",
-                argument=name,
+def _check_names(option: str, given: Iterable[str], names: Sequence[str]) -> None:
+    for name in given:
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1)
+            hint = f"did you mean {nearest[0]!r}?" if nearest else f"its parameters are {', '.join(names)}"
+            raise ConfigError(
+                f"{option} names {name!r}, which is no parameter of what is cached; {hint}", argument=option
             )
-        raise UncacheableError(
-            f"argument {name!r} of type {type(value).__qualname__} cannot be part of a cache key; pass "
-            f"tensors as arguments of their own, and anything else as {_PLAIN_KINDS}",
-            argument=name,
-        )
-    plain[name] = encoded
 
 
-def _batch_size(tensors: Sequence[_TensorArgument]) -> int:
-    if not tensors:
+def _batch_size(arguments: Sequence[Argument]) -> int:
+    leaves = [leaf for argument in arguments if not argument.is_shared for leaf in argument.leaves]
+    if not leaves:
         raise UncacheableError(
             "the call has no tensor argument; a cached call needs at least one tensor of shape "
-            "(batch, ...) with two dimensions or more"
+            "(batch, ...) with two dimensions or more, or a list of str"
         )
     sizes: dict[str, int] = {}
-    for argument in tensors:
-        if argument.tensor.dim() == 0:
+    for leaf in leaves:
+        if isinstance(leaf, Texts):
+            sizes[leaf.name] = len(leaf.texts)
+            continue
+        if leaf.tensor.dim() == 0:
             raise UncacheableError(
-                f"argument {argument.name!r} is a 0-d tensor and has no batch dimension; pass a plain "
-                f"number ({argument.name}.item()) or expand it to (batch,)",
-                argument=argument.name,
+                f"argument {leaf.name!r} is a 0-d tensor and has no batch dimension; pass a plain "
+                f"number ({leaf.name}.item()), expand it to (batch,), or name it in unbatched if all samples share it",
+                argument=leaf.name,
             )
-        sizes[argument.name] = argument.tensor.shape[0]
-    if all(argument.tensor.dim() == 1 for argument in tensors):
-        name = tensors[0].name
+        sizes[leaf.name] = leaf.tensor.shape[0]
+    flat = [leaf for leaf in leaves if isinstance(leaf, Tensors) and leaf.tensor.dim() == 1]
+    if len(flat) == len(leaves):
+        name = flat[0].name
         raise UncacheableError(
-            f"argument {name!r} has shape {tuple(tensors[0].tensor.shape)}, one dimension only, so it is "
+            f"argument {name!r} has shape {tuple(flat[0].tensor.shape)}, one dimension only, so it is "
             f"not clear which is the batch; pass {name}.unsqueeze(0) for one sample of features or "
             f"{name}.unsqueeze(1) for a batch of numbers",
             argument=name,
@@ -150,37 +142,38 @@ def _batch_size(tensors: Sequence[_TensorArgument]) -> int:
         other = next(name for name, size in sizes.items() if size != sizes[first])
         raise UncacheableError(
             f"arguments {first!r} and {other!r} differ in their batch dimension ({shown}); dimension 0 of "
-            "every tensor must be the batch: expand shared tensors to it",
+            "every tensor must be the batch: expand shared tensors to it, or name them in unbatched",
             argument=other,
         )
-    return sizes[tensors[0].name]
+    return sizes[leaves[0].name]
 
 
 class Batch:
     """One call, seen as ``n`` samples. The arguments stay the caller's and are not changed."""
 
-    __slots__ = ("_args", "_kwargs", "_plain", "_tensors", "_unsupported", "n")
+    __slots__ = ("_args", "_arguments", "_kwargs", "_leaves", "_plain", "_unsupported", "n", "tensors")
 
     def __init__(
         self,
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
-        tensors: Sequence[_TensorArgument],
+        arguments: Sequence[Argument],
         plain: Mapping[str, bytes],
-        n: int,
-        unsupported: str | None,
     ) -> None:
         self._args = args
         self._kwargs = kwargs
-        self._tensors = tensors
+        self._arguments = sorted(arguments, key=lambda argument: argument.name)  # however they were given
         self._plain = plain
-        self._unsupported = unsupported
-        self.n = n
+        self._leaves = [leaf for argument in self._arguments if not argument.is_shared for leaf in argument.leaves]
+        #: The tensors that hold the samples, in the order of their names.
+        self.tensors = [leaf.tensor for leaf in self._leaves if isinstance(leaf, Tensors)]
+        self._unsupported = next(filter(None, map(unsupported_kind, self.tensors)), None)
+        self.n = 0 if self._unsupported else _batch_size(arguments)
 
     @property
     def first_device(self) -> torch.device:
         """The device of the first tensor argument."""
-        return self._tensors[0].tensor.device
+        return self.tensors[0].device if self.tensors else torch.device("cpu")
 
     def bypass_reason(self) -> str | None:
         """Why this call cannot be cached whatever its state, or None."""
@@ -190,22 +183,19 @@ class Batch:
             return "functorch_transform"  # it may wrap weights, and wraps what is made while it lasts
         if forward_ad._current_level >= 0:  # noqa: SLF001 - as above
             return "forward_mode_gradients"
-        if torch.is_grad_enabled() and any(argument.tensor.requires_grad for argument in self._tensors):
+        if torch.is_grad_enabled() and any(
+            leaf.tensor.requires_grad
+            for argument in self._arguments
+            for leaf in argument.leaves
+            if isinstance(leaf, Tensors)
+        ):
             return "input_requires_grad"
         return None
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """The tensor arguments, in the order of their names."""
-        return [argument.tensor for argument in self._tensors]
 
     def shared_parts(self) -> list[tuple[str, bytes]]:
         """Return what all samples of the call have in common: plain arguments, dtypes and row shapes, by name."""
         parts = [(f"argument {name}" if name else "function", self._plain[name]) for name in sorted(self._plain)]
-        for argument in self._tensors:
-            tensor = argument.tensor
-            parts.append((f"tensor {argument.name}", f"{tensor.dtype} {tuple(tensor.shape[1:])}".encode()))
-        return parts
+        return parts + [leaf.describe() for leaf in self._leaves]
 
     def signature(self) -> bytes:
         """Return the digest of what all samples of the call have in common."""
@@ -213,15 +203,14 @@ class Batch:
 
     def digests(self, signature: bytes) -> list[bytes]:
         """Return the 16-byte digest of each sample, in order."""
-        parts = [digest_rows(flat_bytes(argument.tensor), self.n) for argument in self._tensors]
-        return combine(signature, parts)
+        return combine(signature, [leaf.digests(self.n) for leaf in self._leaves])
 
-    def row(self, position: int) -> tuple[torch.Tensor, ...]:
-        """Return copies of one sample's rows, each of shape ``(1, ...)``, in the order of ``tensors``."""
-        return tuple(tensor.detach()[position : position + 1].clone() for tensor in self.tensors)
+    def row(self, position: int) -> tuple[Any, ...]:
+        """Return copies of one sample's rows, each a batch of one, as ``select`` takes them."""
+        return tuple(leaf.row(position) for leaf in self._leaves)
 
     def select(
-        self, positions: Sequence[int], extra: tuple[torch.Tensor, ...] | None = None
+        self, positions: Sequence[int], extra: tuple[Any, ...] | None = None
     ) -> tuple[tuple[object, ...], dict[str, object]]:
         """Return the arguments of a call that has the samples at ``positions`` only.
 
@@ -232,60 +221,13 @@ class Batch:
         args, kwargs = list(self._args), dict(self._kwargs)
         first, last = positions[0], positions[-1]
         is_range = last - first == len(positions) - 1 and all(p == first + i for i, p in enumerate(positions))
-        for i, argument in enumerate(self._tensors):
-            tensor = argument.tensor.detach()
-            rows = (
-                tensor[first : last + 1]
-                if is_range
-                else tensor.index_select(0, torch.tensor(positions, dtype=torch.int64, device=tensor.device))
-            )
-            if extra is not None:
-                rows = torch.cat([rows, extra[i].to(tensor.device)])
+        more = iter(extra if extra is not None else [None] * len(self._leaves))
+        for argument in self._arguments:
+            if argument.is_shared:
+                continue
+            rows = [leaf.select(positions, next(more), is_range=is_range) for leaf in argument.leaves]
             if isinstance(argument.place, int):
-                args[argument.place] = rows
+                args[argument.place] = argument.with_leaves(rows)
             else:
-                kwargs[argument.place] = rows
+                kwargs[argument.place] = argument.with_leaves(rows)
         return tuple(args), kwargs
-
-
-def unsupported_kind(tensor: torch.Tensor) -> str | None:
-    """Name the kind of tensor that has no plain rows of bytes, or return None."""
-    if type(tensor) is not torch.Tensor and type(tensor) is not torch.nn.Parameter:
-        return "tensor_subclass"
-    if tensor.is_meta:
-        return "meta_tensor"
-    if tensor.is_nested:
-        return "nested_tensor"
-    if tensor.layout is not torch.strided:
-        return "sparse_tensor"
-    if tensor.is_quantized:
-        return "quantized_tensor"
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # noqa: SLF001 - torch has no public test
-        return "functorch_transform"
-    if tensor.dtype not in DTYPE_NAMES:
-        return "unsupported_dtype"
-    return None
-
-
-def flat_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the tensor's values as flat bytes in row-major order; a view where that is possible.
-
-    NumPy does the copying where one is needed: torch's parallel copies hang in a forked child whose
-    parent has used intra-op threads.
-    """
-    if not tensor.numel():
-        return memoryview(b"")
-    array = np.ascontiguousarray(to_numpy(tensor))
-    return array.data.cast("B")
-
-
-def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Return the tensor's values on the host, a view where that is possible; without a dtype of NumPy, as integers."""
-    plain = tensor.detach()
-    if plain.is_conj() or plain.is_neg():
-        plain = plain.resolve_conj().resolve_neg()
-    if plain.device.type != "cpu":
-        plain = plain.contiguous().cpu()
-    integer = _WITHOUT_NUMPY.get(plain.dtype)
-    array: np.ndarray[Any, Any] = (plain if integer is None else plain.view(integer)).numpy()
-    return array
