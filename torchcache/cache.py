@@ -457,13 +457,17 @@ class Cache:
             found: The values that are cached.
         """
         n = len(own)
-        witness = self._find_witness(call, found) if own and self.options.check_rows else None
-        positions = [*own, *doubted]
+        random_before, talks_before = _random_state(), collectives_done()
+        # Code that the walk does not see may talk to other ranks, and they forward all rows of a call. So does the
+        # first computed call of a namespace in a job, until one shows that it is computed alone.
+        is_trial = bool(talks_before) and not self._verdicts.is_alone(call.namespace)
+        witness = self._find_witness(call, found) if own and self.options.check_rows and not is_trial else None
+        doubted = [] if is_trial else doubted
+        positions = [*range(call.batch.n)] if is_trial else [*own, *doubted]
         if witness is not None and witness.row is None:
             positions += witness.cached.positions
-        is_as_given = len(positions) == call.batch.n == n and witness is None
+        is_as_given = witness is None and (is_trial or len(positions) == call.batch.n == n)
         args, kwargs = call.args, call.kwargs
-        random_before, talks_before = _random_state(), collectives_done()
         failure: Exception | None = None
         output: object = None
         try:
@@ -482,7 +486,7 @@ class Cache:
         if kind is not None:
             return self._give_back(kind, call, output if is_as_given else None)
         try:
-            total = n + len(doubted) + (witness is not None)
+            total = call.batch.n if is_trial else n + len(doubted) + (witness is not None)
             layout, data, overflowed = take_apart(tree, total, self.options.cache_dtype, self._known)
         except (MemoryError, torch.OutOfMemoryError):
             return self._give_back("out_of_memory", call, output if is_as_given else None)
@@ -499,6 +503,8 @@ class Cache:
         self._verdicts.note_effect(call.namespace, effect)
         if effect:
             self._note_bypass(effect, 0)
+        elif is_trial:
+            self._verdicts.note_alone(call.namespace)
         is_settled = effect is None and not self._identity.has_moved()
         tensors = [*call.batch.tensors, *self._identity.parameters(), *tree.leaves]
         if witness is not None and is_settled and not self._agrees(call, witness, layout, data, tensors):
@@ -509,8 +515,10 @@ class Cache:
         if is_settled and doubted:
             again = [Found([p], layout, data[n + i : n + i + 1]) for i, p in enumerate(doubted)]
             found_again = self._verify(call, again, found, data, tensors)
+        if is_trial and n < total:
+            data = data[own]
         rows = Rows([call.digests[p] for p in own], layout, data[:n])
-        reason = effect or self._reason_to_drop(call, rows, len(data), is_settled=is_settled)
+        reason = effect or self._reason_to_drop(call, rows, total, is_settled=is_settled)
         if reason:
             self._counters.add_to("dropped_rows", reason, n)
         elif own:

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from torchcache.keys.code import CodeWalk, walk_code
+from torchcache.keys.collectives import Talks
 from torchcache.keys.digest import digest_parts
-from torchcache.keys.ranks import has_other_ranks, is_in_a_job
+from torchcache.keys.ranks import is_in_a_job
 from torchcache.keys.state import StateTracker
 from torchcache.log import warn_once
 from torchcache.options import CacheOptions
@@ -90,7 +91,7 @@ class Identity:
         self._module_hash: str | None = None
         self._last: tuple[bytes, Look] | None = None  # the fingerprint last seen, and what was made of it
         self._has_said_rank = False
-        self._knows_collectives = False
+        self._talks: Talks | None = None  # None: the code was not asked what it has to do with other ranks
         self._own_name = os.urandom(16)  # what stands for what has no stable name
 
     def module_hash(self) -> str:
@@ -102,7 +103,7 @@ class Identity:
         """Look at the present state."""
         with self._lock.raw:
             module_hash = self._module_hash or self._identify()
-            if not self._knows_collectives and has_other_ranks():
+            if self._talks is None and is_in_a_job():
                 self._identify()
             tracker = self._tracker
             fingerprint = tracker.fingerprint()
@@ -120,7 +121,7 @@ class Identity:
             self._last = fingerprint, look
         if unnamed:
             self._say_unnamed(*unnamed[0])
-        if self._walk is not None and self._walk.asks_rank and is_in_a_job():
+        if self._talks is not None and self._talks.asks_rank and is_in_a_job():
             self._say_rank()
         if has_hooks:
             self._say("hooks", "hooks on inner modules run when a sample is computed, and do not run on hits")
@@ -192,20 +193,17 @@ class Identity:
         """Walk the code, and tell the tracker what to look at."""
         named = self._options().persistent_module_hash
         roots: list[object] = []
-        collectives: set[str] = set()
-        self._knows_collectives = not named or has_other_ranks()
         if named:
             self._walk, module_hash = None, named
-            if self._knows_collectives:
-                # A name of the user's own says what is computed, not that other ranks need not take part.
-                collectives = self._walk_code()[0].collectives
+            # A name of the user's own says what is computed, not that every rank computes it, and by itself.
+            self._talks = self._walk_code()[0].talks if is_in_a_job() else None
         else:
             self._walk, roots = self._walk_code()
-            collectives = self._walk.collectives
+            self._talks = self._walk.talks
             parts = [part for name, value in self._named_parts() for part in (name.encode(), value)]
             module_hash = digest_parts([self._walk.fingerprint, *parts]).hex()
         salt = digest_parts([b"namespace", module_hash.encode()])
-        self._tracker.follow(self._walk, roots, salt, collectives)
+        self._tracker.follow(self._walk, roots, salt, self._talks or Talks())
         if module_hash != self._module_hash:
             logger.info("module hash of %s: %s", self._target.name, module_hash)
         if named and self._module_hash is None:

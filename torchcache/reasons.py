@@ -18,7 +18,8 @@ REMEDIES = {
     "dropout_in_training_mode": "a dropout or its like is in training mode, so results are random; call eval() on "
     "the cached module",
     "collectives": "the call does something together with the other ranks of the job, and a rank that found its rows "
-    "would leave them waiting; cache a part of the model that each rank computes by itself",
+    "would leave them waiting; cache a part of the model that each rank computes by itself. Code counts in whichever "
+    "mode it runs: what the ranks do together in training only belongs outside of the cached module",
     "rows_depend_on_batch": "a row that was computed with another batch came back different, so results depend on "
     "the batch and cannot be cached sample by sample; make dimension 0 of every tensor the batch, cache a part of "
     "the model that treats each row alone, or set check_rows=False if the difference is meant",

@@ -77,6 +77,7 @@ class Verdicts:
         self._vacuous: OrderedDict[bytes, int] = OrderedDict()  # comparisons that proved nothing
         # Computed calls in a row with an effect beside their result, and which the last one had.
         self._effects: OrderedDict[bytes, tuple[int, str]] = OrderedDict()
+        self._alone: OrderedDict[bytes, None] = OrderedDict()  # namespaces that were computed without other ranks
 
     def of(self, namespace: bytes) -> Verdict | None:
         """Return the verdict; None if it could not be found out and is not to be tried again."""
@@ -101,6 +102,7 @@ class Verdicts:
             if effect is None:
                 self._effects.pop(namespace, None)
                 return
+            self._alone.pop(namespace, None)
             self._effects[namespace] = self._effects.get(namespace, (0, ""))[0] + 1, effect
             if len(self._effects) > _MOST_NAMESPACES:
                 self._effects.popitem(last=False)
@@ -116,6 +118,18 @@ class Verdicts:
                 return None
             self._effects[namespace] = count + 1, effect
             return effect
+
+    def note_alone(self, namespace: bytes) -> None:
+        """Remember that a call was computed in a job of several ranks without anything that they do together."""
+        with self._lock:
+            self._alone[namespace] = None
+            if len(self._alone) > _MOST_NAMESPACES:
+                self._alone.popitem(last=False)
+
+    def is_alone(self, namespace: bytes) -> bool:
+        """Tell whether ``note_alone`` was told so."""
+        with self._lock:
+            return namespace in self._alone
 
     def note_vacuous(self, namespace: bytes) -> None:
         """Remember that a comparison proved nothing; after some of these there will be no verdict."""
@@ -157,6 +171,7 @@ class Verdicts:
             self._witnesses.clear()
             self._singles.clear()
             self._effects.clear()
+            self._alone.clear()
             self._vacuous.clear()
 
 

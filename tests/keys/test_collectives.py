@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import textwrap
+import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from torchcache.keys.code import walk_code
 from torchcache.keys.collectives import is_spanning, plain_class
+from torchcache.keys.state import StateTracker
 
 
-def walk(text):
+def talks_of(text):
     names = {"__name__": "mine", "torch": torch, "nn": nn}
     exec(compile(textwrap.dedent(text), "mine.py", "exec", dont_inherit=True), names)
-    return walk_code(names["target"])
+    return walk_code(names["target"]).talks
 
 
 CALLS = {
@@ -79,13 +82,71 @@ CALLS = {
         def target(x):
             return F.apply(x)
     """,
-    "of a DTensor": "def target(x):\n    return x.full_tensor()",
+    "of a DTensor": """
+        from torch.distributed.tensor import DTensor
+        def target(x):
+            return x.full_tensor() if isinstance(x, DTensor) else x
+    """,
+    "by a local name for the module": "def target(x):\n    d = torch.distributed\n    d.broadcast(x, 0)",
+    "by a local name in another function": """
+        import torch.distributed as dist
+        def helper(d, x):
+            d.broadcast(x, 0)
+        def target(x):
+            helper(dist, x)
+    """,
+    "by a late import of torch": "def target(x):\n    import torch as t\n    t.distributed.broadcast(x, 0)",
+    "by a default": """
+        import torch.distributed as dist
+        def target(x, *, talk=dist.broadcast):
+            talk(x, 0)
+    """,
+    "by a default module": """
+        import torch.distributed as dist
+        def target(x, d=dist):
+            d.broadcast(x, 0)
+    """,
+    "by a default group": """
+        import torch.distributed as dist
+        def target(x, group=dist.group):
+            group.WORLD.barrier()
+    """,
+    "by a class attribute": """
+        import torch.distributed as dist
+        class target(nn.Module):
+            talk = staticmethod(dist.broadcast)
+            def forward(self, x):
+                self.talk(x, 0)
+    """,
+    "by a module in a class attribute": """
+        import torch.distributed as dist
+        class target(nn.Module):
+            dist = dist
+            def forward(self, x):
+                self.dist.broadcast(x, 0)
+    """,
+    "by a dict": """
+        import torch.distributed as dist
+        TALKS = {"gather": dist.gather}
+        def target(x):
+            TALKS["gather"](x)
+    """,
+    "by getattr": "import torch.distributed as d\ndef target(x):\n    getattr(d, 'broadcast')(x, 0)",
+    "by getattr of any name": "import torch.distributed as d\ndef target(x, name):\n    getattr(d, name)(x)",
+    "by the default group": """
+        from torch.distributed import distributed_c10d as c10d
+        def target(x):
+            group = c10d._get_default_group()
+            group.broadcast(x, 0)
+    """,
+    "by the world": "import torch.distributed as d\ndef target(x):\n    d.group.WORLD.barrier()",
+    "by an operator of an ambiguous name": "def target(x):\n    torch.ops._c10d_functional.broadcast(x, 0, '0')",
 }
 
 
 @pytest.mark.parametrize("text", CALLS.values(), ids=CALLS)
 def test_a_collective_that_the_code_can_call_is_found(text):
-    assert walk(text).collectives
+    assert talks_of(text).collectives
 
 
 OTHERS = {
@@ -108,6 +169,27 @@ OTHERS = {
             def training_step(self, x):
                 dist.all_reduce(x)
     """,
+    "methods and functions that DTensor has as well": """
+        class T:
+            def permute_tensor(x):
+                return x
+        class target(nn.Module):
+            def redistribute(self, x):
+                return x
+            def forward(self, x):
+                return T.permute_tensor(self.redistribute(x).full_tensor())
+    """,
+    "getattr of a question": """
+        import torch.distributed as dist
+        def target(x):
+            return x if getattr(dist, "is_available", None) else -x
+    """,
+    "a table without any": """
+        import torch.distributed as dist
+        TABLE = {"gather": torch.gather, "is": dist.is_initialized}
+        def target(x, i):
+            return TABLE["gather"](x, 1, i).gather(1, i)
+    """,
     "functions of the user's own": """
         from functools import reduce
         def broadcast(x):
@@ -120,15 +202,63 @@ OTHERS = {
 
 @pytest.mark.parametrize("text", OTHERS.values(), ids=OTHERS)
 def test_what_only_looks_like_a_collective_is_none(text):
-    assert walk(text).collectives == set()
+    assert talks_of(text).collectives == set()
 
 
-def test_code_that_asks_for_its_rank_is_known():
-    for text in ("import torch.distributed as d\ndef target(x):\n    return x * d.get_rank()",
-                 "from torch.distributed import get_world_size\ndef target(x):\n    return x * get_world_size()",
-                 "def target(x):\n    from torch.distributed import get_rank as r\n    return x * r()"):  # fmt: skip
-        assert walk(text).asks_rank
-    assert not walk("import torch.distributed as d\ndef target(x):\n    return x * d.is_initialized()").asks_rank
+class Holder(nn.Module):
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+    def forward(self, x):
+        self.held.barrier()
+        return x
+
+
+@pytest.mark.parametrize("held", [dist, dist.barrier, dist.ProcessGroup(0, 1)], ids=["module", "function", "group"])
+def test_what_the_state_holds_of_torch_distributed_makes_the_code_talk(held):
+    module, other = Holder(held), Holder(nn.Identity())
+    for holder, expected in (module, {"barrier"}), (other, set()):
+        roots = StateTracker(weakref.ref(holder)).code()
+        assert walk_code(Holder, roots).talks.collectives == expected
+
+
+ASKS = {
+    "by module": "import torch.distributed as d\ndef target(x):\n    return x * d.get_rank()",
+    "by name": "from torch.distributed import get_world_size\ndef target(x):\n    return x * get_world_size()",
+    "by another name": "from torch.distributed import get_rank as r\ndef target(x):\n    return x * r()",
+    "by an alias": "import torch.distributed as d\nr = d.get_rank\ndef target(x):\n    return x * r()",
+    "by a default": "import torch.distributed as d\ndef target(x, r=d.get_rank):\n    return x * r()",
+    "by a table": "import torch.distributed as d\nT = [d.get_rank]\ndef target(x):\n    return x * T[0]()",
+    "by getattr": "import torch.distributed as d\ndef target(x):\n    return x * getattr(d, 'get_rank')()",
+    "by a late import": "def target(x):\n    from torch.distributed import get_rank as r\n    return x * r()",
+    "by the world": "import torch.distributed as d\ndef target(x):\n    return x * d.group.WORLD.rank()",
+    "by a name for groups": "from torch.distributed import group\ndef target(x):\n    return x * group.WORLD.size()",
+    "by a late import of the module": """
+        def target(x):
+            import torch.distributed as d
+            return x * d.group.WORLD.rank()
+    """,
+    "by a class attribute": """
+        import torch.distributed as dist
+        class target(nn.Module):
+            my_rank = staticmethod(dist.get_rank)
+            def forward(self, x):
+                return x * self.my_rank()
+    """,
+}
+
+
+@pytest.mark.parametrize("text", ASKS.values(), ids=ASKS)
+def test_code_that_asks_for_its_rank_is_known(text):
+    assert talks_of(text).asks_rank
+
+
+def test_code_that_only_asks_whether_there_is_a_job_does_not_ask_for_its_rank():
+    talks = talks_of("import torch.distributed as d\ndef target(x):\n    return x.size(0) * d.is_initialized()")
+    assert not talks.asks_rank
+    assert talks.reaches
+    assert not talks_of("def target(x):\n    return x.size(0)").reaches
 
 
 def test_a_class_that_fully_shard_made_stands_for_the_users_own():

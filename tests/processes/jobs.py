@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import operator
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import get_rank as my_rank
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from torchcache import cache_of, torchcache
@@ -184,13 +186,34 @@ class Hidden(Backbone):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = super().forward(x)
         if dist.is_initialized():
-            getattr(dist, "all_" + "reduce")(y)
+            operator.attrgetter("all_reduce")(dist)(y)
         return y
+
+
+FORWARDED: list[int] = []
+
+
+class Noted(Backbone):
+    """Notes how many rows it is given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        FORWARDED.append(len(x))
+        return super().forward(x)
 
 
 class Ranked(Backbone):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(x) + (100 * dist.get_rank() if dist.is_initialized() else 0)
+
+
+class RankedByAnotherName(Backbone):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 100 * my_rank()
+
+
+class RankedByGroup(Backbone):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 100 * dist.group.WORLD.rank()
 
 
 def check_collectives(rank: int, start: Callable[[], None], root: str) -> None:
@@ -202,6 +225,10 @@ def check_collectives(rank: int, start: Callable[[], None], root: str) -> None:
         for _ in range(2):
             module(x)
         assert cache_of(module).stats().memory_hits == 4, "it is cached where there is no other rank"
+    alone = torchcache(persistent=True, persistent_cache_dir=root)(Hidden())
+    if rank == 0:
+        assert torch.equal(alone(x), Backbone()(x))
+        assert cache_of(alone).flush()
     start()
     for kind, module in made.items():
         for _ in range(2):
@@ -214,35 +241,59 @@ def check_collectives(rank: int, start: Callable[[], None], root: str) -> None:
     named = torchcache(persistent_module_hash="mine")(ByHelper())
     assert torch.equal(named(x), Backbone()(x) * 2)
     assert cache_of(named).stats().bypasses == {"collectives": 1}, "a name of the user's own does not hide it"
+    assert torch.equal(alone(x), Backbone()(x) * 2), "rows of a run without other ranks are none of a job's"
     check_hidden(x)
-    check_rank(x, root)
+    check_first_call(x)
+    for options in ({}, {"persistent_module_hash": "ranked"}):
+        check_rank(x, Ranked, persistent_cache_dir=root, **options)
+    check_rank(x, RankedByAnotherName, persistent_cache_dir=root)
+    check_rank(x, RankedByGroup, persistent_cache_dir=root)
+    check_shared(x, root)
 
 
 def check_hidden(x: torch.Tensor) -> None:
-    """A collective that only shows while the call runs: nothing of it is ever kept."""
+    """A collective that only shows while the call runs: nothing of it is ever kept, and all rows take part in it."""
     module = torchcache()(Hidden())
+    mine, other = (x, x[[0, 1, 1, 1]])[:: 1 if dist.get_rank() == 0 else -1]
     for _ in range(5):
-        assert torch.equal(module(x), Backbone()(x) * 2)
+        assert torch.equal(module(mine), Backbone()(mine) + Backbone()(other))
     stats = cache_of(module).stats()
     assert (stats.memory_hits, stats.memory_rows) == (0, 0)
-    assert stats.dropped_rows == {"collectives": 12}, stats
+    assert stats.dropped_rows == {"collectives": 3 * len(mine.unique(dim=0))}, stats
     assert stats.bypasses == {"collectives": 5}, stats
 
 
-def check_rank(x: torch.Tensor, root: str) -> None:
+def check_first_call(x: torch.Tensor) -> None:
+    """Only the first computed call is forwarded as it is given: it shows that no other rank takes part."""
+    module = torchcache(check_rows=False)(Noted())
+    for rows in (x[[0, 0, 1]], x[[0, 1]], x[[1, 2, 2, 3]]):
+        assert torch.equal(module(rows), Backbone()(rows))
+    assert FORWARDED == [3, 2]
+    stats = cache_of(module).stats()
+    assert (stats.misses, stats.duplicates, stats.memory_hits, stats.memory_rows) == (4, 2, 3, 4), stats
+
+
+def check_rank(x: torch.Tensor, kind: type[nn.Module], **options: str) -> None:
     """Ranks that share a cache do not share what depends on the rank."""
-    module = torchcache(persistent=True, persistent_cache_dir=root, max_memory_cache_size=0)(Ranked())
-    plain = torchcache(persistent=True, persistent_cache_dir=root, max_memory_cache_size=0)(Backbone())
+    module = torchcache(persistent=True, max_memory_cache_size=0, **options)(kind())
     for turn in range(2):
-        assert torch.equal(module(x), Backbone()(x) + 100 * dist.get_rank())
-        if dist.get_rank() == turn:  # one after the other: the second finds what the first computed
-            plain(x)
+        if dist.get_rank() == turn:  # one after the other: the second could find what the first computed
+            assert torch.equal(module(x), Backbone()(x) + 100 * dist.get_rank()), kind
         cache_of(module).flush()
-        cache_of(plain).flush()
         dist.barrier()
-    assert cache_of(module).stats().misses == 4
-    assert cache_of(module).stats().store_hits == 4
-    assert cache_of(plain).stats().misses == (4 if dist.get_rank() == 0 else 0)
+    assert torch.equal(module(x), Backbone()(x) + 100 * dist.get_rank()), kind
+    assert (cache_of(module).stats().misses, cache_of(module).stats().store_hits) == (4, 4)
+
+
+def check_shared(x: torch.Tensor, root: str) -> None:
+    """They do share what does not."""
+    module = torchcache(persistent=True, persistent_cache_dir=root, max_memory_cache_size=0)(Backbone())
+    for turn in range(2):
+        if dist.get_rank() == turn:
+            module(x)
+        cache_of(module).flush()
+        dist.barrier()
+    assert cache_of(module).stats().misses == (4 if dist.get_rank() == 0 else 0)
 
 
 # -- sharding ---------------------------------------------------------------------------------------------------

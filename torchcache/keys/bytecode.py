@@ -150,19 +150,22 @@ class Reads:
         names: Globals and builtins.
         attributes: Attributes of anything.
         chains: Globals, each with the attributes that are read of it, of that, and so on.
+        ends: Those of them that go on no further, and globals that are used as they are.
         imports: Level, module and names of each import.
     """
 
     names: tuple[str, ...]
     attributes: tuple[str, ...]
     chains: tuple[tuple[str, ...], ...]
+    ends: tuple[tuple[str, ...], ...]
     imports: tuple[tuple[int, str, tuple[str, ...]], ...]
 
 
 @lru_cache(maxsize=16384)
 def reads_of(code: types.CodeType) -> Reads:
     """Return what a code object and those inside it look up."""
-    names, attributes, chains = set[str](), set[str](), set[tuple[str, ...]]()
+    names, attributes = set[str](), set[str]()
+    chains, ends = set[tuple[str, ...]](), set[tuple[str, ...]]()
     imports: dict[tuple[int, str, tuple[str, ...]], None] = {}
     for inner in all_codes(code):
         chain: tuple[str, ...] = ()  # how the object on top of the stack was come by
@@ -179,15 +182,17 @@ def reads_of(code: types.CodeType) -> Reads:
                 level, wanted = recent
                 found = (level if isinstance(level, int) else 0, argument, wanted if isinstance(wanted, tuple) else ())
                 imports[found] = None
-            if instruction.opname in _LOADS_GLOBAL:
-                chain = (argument,)
-            elif instruction.opname in _LOADS_ATTRIBUTE and chain:
+            if instruction.opname in _LOADS_ATTRIBUTE and chain:
                 chain = (*chain, argument)
                 chains.add(chain)
             else:
-                chain = ()
+                ends.add(chain)
+                chain = (argument,) if instruction.opname in _LOADS_GLOBAL else ()
             recent = [recent[1], argument]
-    return Reads(tuple(sorted(names)), tuple(sorted(attributes)), tuple(sorted(chains)), tuple(imports))
+    ends.discard(())
+    return Reads(
+        tuple(sorted(names)), tuple(sorted(attributes)), tuple(sorted(chains)), tuple(sorted(ends)), tuple(imports)
+    )
 
 
 def all_codes(code: types.CodeType) -> Iterator[types.CodeType]:

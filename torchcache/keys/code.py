@@ -25,7 +25,7 @@ from typing import Any
 
 from torchcache.keys.bytecode import Reads, Writes, all_codes, constant, fingerprint_code, is_constant, reads_of
 from torchcache.keys.changes import CLASS_BOOKKEEPING, Watch, is_container, is_plain_type, items_of
-from torchcache.keys.collectives import asks_rank, collectives_in
+from torchcache.keys.collectives import Talks, held_by
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.origins import (
     UNCOUNTED,
@@ -110,8 +110,7 @@ class CodeWalk:
         parts: What was walked, in this order, such as "function helper", with a digest of its own code. A second
             one of a label is "function helper (2)".
         classes: The classes of the user's own that were visited.
-        collectives: Names of what the code that runs calls together with other ranks.
-        asks_rank: Whether the code that runs asks for its rank, or how many there are.
+        talks: What the code that runs has to do with other ranks.
     """
 
     fingerprint: bytes = b""
@@ -119,8 +118,7 @@ class CodeWalk:
     writes: Writes = field(default_factory=Writes)
     parts: list[tuple[str, bytes]] = field(default_factory=list)
     classes: tuple[type, ...] = ()
-    collectives: set[str] = field(default_factory=set)
-    asks_rank: bool = False
+    talks: Talks = field(default_factory=Talks)
     _watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
     def has_changed(self) -> bool:
@@ -158,6 +156,8 @@ def walk_code(
         else:
             entries |= walk.visit_held(part)
     walk.note_what_runs(entries)
+    for part in roots.values():
+        walk.note_held(part)
     return walk.result()
 
 
@@ -576,18 +576,22 @@ class _Walk:
         special = {name for name in by_name if name.startswith("__") and name not in _BUILDERS}
         waiting, known = sorted({*entries, *special} - _BUILDERS), {*entries, *special, *_BUILDERS}
         noted: set[tuple[type | None, int]] = set()
+        talks = self._found.talks = Talks(held_by(self._classes))
         while waiting:
             for owner, function in by_name.get(waiting.pop(), ()):
                 if (owner, id(function)) in noted:
                     continue
                 noted.add((owner, id(function)))
                 self._found.writes.note(function, owner)
-                self._found.collectives |= collectives_in(function)
-                self._found.asks_rank = self._found.asks_rank or asks_rank(function)
+                talks.note(function)
                 reads = reads_of(function.__code__)
                 reached = {*reads.attributes, *reads.names}
                 waiting.extend(reached - known)
                 known |= reached
+
+    def note_held(self, value: object) -> None:
+        """Note that the state holds something that talks to other ranks; the code that runs may use it."""
+        self._found.talks.note_value(value)
 
     def _own_functions_in(self, value: object) -> list[types.FunctionType]:
         """Return the functions of the user's own that calling ``value`` runs, through wrappers of anybody's."""

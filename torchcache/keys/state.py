@@ -31,7 +31,14 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from torchcache.keys.code import MISSING, CodeWalk, Name
-from torchcache.keys.collectives import is_distributed_tensor, is_note_of_torch, is_spanning, plain_class
+from torchcache.keys.collectives import (
+    Talks,
+    is_distributed_tensor,
+    is_module_of_torch,
+    is_note_of_torch,
+    is_spanning,
+    plain_class,
+)
 from torchcache.keys.dict_versions import Reader, versions_of
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.mode import ambient_reason, autocast_in_force, current_mode
@@ -118,6 +125,7 @@ class StateTracker:
         self._walk: CodeWalk | None = None
         self._roots: list[object] = []
         self._salt = b""
+        self._talks = Talks()
         self._collectives: list[str] = []
         self._snapshot: _Snapshot | None = None
         self._weights = b""
@@ -134,7 +142,7 @@ class StateTracker:
         self._hashed_at = 0.0
         self._look_seconds = 0.0
 
-    def follow(self, walk: CodeWalk | None, roots: list[object], salt: bytes, collectives: Iterable[str] = ()) -> None:
+    def follow(self, walk: CodeWalk | None, roots: list[object], salt: bytes, talks: Talks) -> None:
         """Look at the state with the eyes of another code walk from now on.
 
         Args:
@@ -142,9 +150,10 @@ class StateTracker:
                 only training flags and mode count (for ``persistent_module_hash``).
             roots: The code of the state that the walk started from.
             salt: The front of every fingerprint: the module hash.
-            collectives: What the code calls together with other ranks.
+            talks: What the code has to do with other ranks, also where ``walk`` is left out.
         """
-        self._walk, self._roots, self._salt, self._collectives = walk, roots, salt, sorted(collectives)
+        self._walk, self._roots, self._salt = walk, roots, salt
+        self._talks, self._collectives = talks, sorted(talks.collectives)
         self._snapshot = None
 
     def code(self, walk: CodeWalk | None = None) -> list[object]:
@@ -256,10 +265,13 @@ class StateTracker:
         return None if self._module is None else self._module()
 
     def _current_mode(self) -> tuple[object, ...]:
-        """Return the mode, and the rank for code that asks for it: its results are each rank's own."""
-        if self._walk is None or not self._walk.asks_rank:
-            return current_mode()
-        return (*current_mode(), rank_and_size())
+        """Return the mode, and the rank for code that asks for it: its results are each rank's own.
+
+        Code that reaches torch.distributed at all may do in a job what it does not do alone.
+        """
+        rank = rank_and_size() if self._talks.asks_rank else ()
+        has_others = self._talks.reaches and has_other_ranks()
+        return (*current_mode(), rank, has_others) if rank or has_others else current_mode()
 
     def _look_again(self) -> bytes:
         started = time.monotonic()
@@ -601,7 +613,7 @@ class _Snapshot:
         return encode_state(value, path, refer, self._note_code, self._note_unnamed)
 
     def _note_code(self, code: object) -> None:
-        if isinstance(code, (types.FunctionType, type)):
+        if isinstance(code, (types.FunctionType, type)) or is_module_of_torch(code):
             self._code.setdefault(id(code), code)
 
     def _note_unnamed(self, path: str, type_name: str) -> None:

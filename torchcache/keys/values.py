@@ -233,6 +233,8 @@ class _Encoder:
             return digest_parts([name, value.name.encode(), self.encode(value.get(None), path)])
         if isinstance(value, weakref.ref):
             return digest_parts([b"weak", self.encode(value(), path)])
+        if isinstance(value, _PROCESS_GROUP):
+            self.on_code(type(value))  # what is asked of it shows in the code
         if isinstance(value, _WITHOUT_VALUE):
             return digest_parts([b"object", name])
         return self.encode_object(value, path)
@@ -444,10 +446,12 @@ _NAMED = (
 #: Random number generators count by their state, so one that moves at every call is noticed.
 GENERATORS = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
 
+_PROCESS_GROUP = (torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()
+
 #: What coordinates, logs or talks to the outside: it counts by its type, whatever state it is in.
 _WITHOUT_VALUE: tuple[type[Any], ...] = (
     type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Semaphore,
     threading.Barrier, threading.Thread, threading.local, Executor, Future, logging.Logger, logging.LoggerAdapter,
     logging.Handler, io.IOBase, socket.socket, types.FrameType, types.TracebackType, torch.Stream, torch.Event,
-    *((torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()),
+    *_PROCESS_GROUP,
 )  # fmt: skip
