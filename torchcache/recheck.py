@@ -121,14 +121,14 @@ class Verdicts:
 
     def note_alone(self, namespace: bytes) -> None:
         """Remember that a call was computed in a job of several ranks without anything that they do together."""
-        with self._lock:
+        with self._lock.raw:
             self._alone[namespace] = None
             if len(self._alone) > _MOST_NAMESPACES:
                 self._alone.popitem(last=False)
 
     def is_alone(self, namespace: bytes) -> bool:
         """Tell whether ``note_alone`` was told so."""
-        with self._lock:
+        with self._lock.raw:
             return namespace in self._alone
 
     def note_vacuous(self, namespace: bytes) -> None:
