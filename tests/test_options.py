@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import pwd
 import warnings
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
@@ -277,6 +278,26 @@ def test_a_directory_that_is_no_path_is_refused(value):
 def test_a_tilde_in_a_directory_is_the_home(monkeypatch):
     monkeypatch.setenv("HOME", "/home/somebody")
     assert CacheOptions(persistent_cache_dir="~/cache").persistent_cache_dir == Path("/home/somebody/cache")
+
+
+def test_a_home_that_is_not_known_is_refused(monkeypatch):
+    assert "HOME" in refusal_of(persistent_cache_dir="~nobody-of-this-name/cache")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+    assert "HOME" in refusal_of(persistent_cache_dir="~/cache")
+
+
+def test_a_relative_directory_is_refused_when_the_current_one_is_gone(monkeypatch, tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert "absolute" in refusal_of(persistent_cache_dir="cache")
+    assert CacheOptions(persistent_cache_dir="/cache").persistent_cache_dir == Path("/cache")
+
+
+def test_a_directory_with_a_null_character_is_refused():
+    assert "null" in refusal_of(persistent_cache_dir="a\0b")
 
 
 @pytest.mark.parametrize("value", ["gpu", "cuda:x", 3, "meta", torch.float32], ids=repr)

@@ -126,7 +126,22 @@ def _directory(name: str, value: object) -> Path | None:
     if value is None:
         return None
     if isinstance(value, (str, os.PathLike)) and str(value):
-        return Path(os.fsdecode(value)).expanduser().absolute()  # the program may change its directory
+        text = os.fsdecode(value)
+        if "\0" in text:
+            raise ConfigError(f"{name}={value!r} is not a path: it holds a null character", argument=name)
+        try:
+            return Path(text).expanduser().absolute()  # the program may change its directory
+        except RuntimeError as error:
+            raise ConfigError(
+                f"{name}={value!r} starts at a home directory that is not known here; write it out, or set HOME",
+                argument=name,
+            ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"{name}={value!r} is relative, and the current directory cannot be found ({error}); give an "
+                "absolute path",
+                argument=name,
+            ) from error
     raise ConfigError(f"{name}={value!r} must be a path (str or pathlib.Path) or None", argument=name)
 
 

@@ -1,13 +1,16 @@
-"""The private temporary cache directory of a program that names none."""
+"""The private temporary cache directory of a program that names none: its last user removes it."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
 
-from tests.storage.children import finish, read_line, run, start
+import pytest
+
+from tests.storage.children import ROOT, finish, read_line, run, start
 
 USE = """
 import sys
@@ -36,6 +39,59 @@ if __name__ == "__main__":
     worker.join(20)
     print(worker.exitcode, flush=True)
     sys.stdin.read()
+"""
+
+
+#: Two programs that set the same key, as the users of a manager do.
+WITH_A_KEY = (
+    """
+import multiprocessing
+multiprocessing.current_process().authkey = b"abracadabra"
+"""
+    + WAIT
+)
+
+#: The parent ends at once, the child when its standard input is closed.
+DAEMON = """
+import os, sys
+from tests.processes.programs import enqueue
+from tests.storage.known_values import open_store
+from torchcache.storage.temporary import reserve, temporary_directory
+
+reserve()
+if sys.argv[1] == "used":
+    assert enqueue(open_store(temporary_directory()), [1])
+ready, tell = os.pipe()
+if os.fork():
+    print(os.read(ready, 4096).decode(), flush=True)
+    sys.exit(0)
+path = temporary_directory()
+store = open_store(path)
+assert enqueue(store, [2])
+os.write(tell, str(path).encode())
+sys.stdin.read()
+for number in range(10, 20):
+    assert enqueue(store, [number])
+"""
+
+#: Its worker waits for ever, as a data loader's persistent workers do.
+LIVING_WORKER = """
+import multiprocessing, sys
+from tests.processes.programs import use_temporary
+from torchcache.storage.temporary import reserve, temporary_directory
+
+def work(pipe):
+    use_temporary()
+    pipe.send(temporary_directory())
+    pipe.recv()
+
+if __name__ == "__main__":
+    reserve()
+    if sys.argv[1] == "used":
+        use_temporary()
+    ours, theirs = multiprocessing.Pipe()
+    multiprocessing.get_context("fork").Process(target=work, args=(theirs,), daemon=True).start()
+    assert ours.recv().is_dir()
 """
 
 
@@ -72,6 +128,182 @@ def test_two_programs_have_two(temporary):
     finish(programs[0])
     assert Path(other).exists()
     finish(programs[1])
+
+
+def test_programs_with_one_key_share_it_and_the_last_removes_it():
+    """Whoever set the key knows it; so both count as one."""
+    programs = [start(WITH_A_KEY) for _ in range(3)]
+    path, *others = {Path(read_line(program)) for program in programs}
+    assert not others
+    for program in programs[:2]:
+        finish(program)
+        assert path.is_dir()
+    finish(programs[2])
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("parent", ["used", "unused"])
+def test_a_child_forked_by_hand_keeps_it_when_its_parent_ends_and_removes_it(parent):
+    program = start(DAEMON, parent)
+    path = Path(read_line(program))
+    assert program.wait(20) == 0
+    assert list(path.glob("*/data.mdb")) != [], "the parent took it away from its child"
+    assert "Traceback" not in finish(program)  # returns when the child has ended as well
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("parent", ["used", "unused"])
+def test_nothing_is_left_when_workers_live_at_the_end(parent):
+    """They are ended by multiprocessing, after exit handlers ran."""
+    run(LIVING_WORKER, parent)
+
+
+def test_workers_do_not_remove_it_between_two_rounds():
+    """Although nobody holds the lock: the program itself does not use it."""
+    said = run(
+        """
+import multiprocessing
+from pathlib import Path
+from tests.processes.programs import use_temporary
+from torchcache.storage.temporary import reserve
+import tempfile
+
+if __name__ == "__main__":
+    reserve()
+    made = []
+    for method in ("fork", "spawn", "fork"):
+        worker = multiprocessing.get_context(method).Process(target=use_temporary)
+        worker.start()
+        worker.join(20)
+        assert worker.exitcode == 0, (method, worker.exitcode)
+        (path,) = Path(tempfile.gettempdir()).glob("torchcache-tmp-*")
+        made.append((path, path.stat().st_ino))
+    assert len(set(made)) == 1, made
+    print("it stayed")
+"""
+    )
+    assert "it stayed" in said
+
+
+def test_a_key_that_is_set_later_changes_nothing_for_this_process_and_its_forks(temporary):
+    """Workers that are spawned know only the new key; what they used is removed too."""
+    said = run(
+        USE
+        + """
+import multiprocessing, tempfile
+from tests.processes.programs import look_at_temporary, use_temporary
+
+if __name__ == "__main__":
+    multiprocessing.current_process().authkey = b"secret"
+    assert temporary_directory() == path
+    for method, target, args in (("fork", look_at_temporary, (path,)), ("spawn", use_temporary, ())):
+        worker = multiprocessing.get_context(method).Process(target=target, args=args)
+        worker.start()
+        worker.join(20)
+        assert worker.exitcode == 0, (method, worker.exitcode)
+    assert len(list(Path(tempfile.gettempdir()).glob("torchcache-tmp-*"))) == 2
+    print("one and another")
+"""
+    )
+    assert "one and another" in said
+
+
+def test_a_fork_server_that_decorated_has_another_key_than_its_children(tmp_path):
+    (tmp_path / "early.py").write_text("from torchcache.storage.temporary import reserve\nreserve()\n")
+    said = run(
+        USE
+        + """
+import multiprocessing
+from tests.processes.programs import look_at_temporary
+
+if __name__ == "__main__":
+    multiprocessing.set_forkserver_preload(["early"])
+    worker = multiprocessing.get_context("forkserver").Process(target=look_at_temporary, args=(path,))
+    worker.start()
+    worker.join(20)
+    print(worker.exitcode, "is its exit code")
+""",
+        PYTHONPATH=f"{ROOT}:{tmp_path}",
+    )
+    assert "0 is its exit code" in said
+
+
+def test_one_that_was_taken_away_is_made_again_privately(temporary):
+    """As what cleans up /tmp does; the umask must not decide who can read the new one."""
+    program = start(
+        USE
+        + """
+import os, shutil
+assert writer.flush(10)
+os.umask(0)
+shutil.rmtree(path)
+assert temporary_directory() == path
+print(path.stat().st_mode & 0o777 == 0o700, flush=True)
+sys.stdin.readline()
+os.unlink(path / ".in-use.lock")
+assert temporary_directory() == path
+print("again", flush=True)
+sys.stdin.read()
+"""
+    )
+    path = Path(read_line(program))
+    assert read_line(program) == "True"
+    for answer in ("again", None):
+        make_old(path)
+        run(USE)
+        assert path.is_dir(), "a later program counts it as dead"
+        if answer:
+            program.stdin.write("\n")
+            program.stdin.flush()
+            assert read_line(program) == answer
+    finish(program)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("what", ["a directory for all", "a link"])
+def test_one_whose_name_was_taken_meanwhile_is_not_used_any_more(temporary, tmp_path, what):
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    taken.chmod(0o777)
+    said = run(
+        USE
+        + """
+import os, shutil
+from torchcache.errors import StoreError
+assert writer.flush(10)
+shutil.rmtree(path)
+os.rename(sys.argv[1], path) if sys.argv[2] != "a link" else os.symlink(sys.argv[1], path)
+try:
+    temporary_directory()
+except StoreError as error:
+    print(error.kind, "refused")
+""",
+        taken,
+        what,
+    )
+    assert "directory refused" in said
+    (left,) = temporary.iterdir()
+    assert what == "a link" or list(left.iterdir()) == []
+    assert not taken.exists() or list(taken.iterdir()) == []
+    left.unlink() if left.is_symlink() else shutil.rmtree(left)
+
+
+def test_a_machine_without_any_temporary_directory_costs_one_error_and_the_end_is_silent():
+    said = run(
+        """
+import tempfile
+tempfile._candidate_tempdir_list = lambda: []
+from torchcache.errors import StoreError
+from torchcache.storage.temporary import reserve, temporary_directory
+reserve()
+try:
+    temporary_directory()
+except StoreError as error:
+    print("refused:", error)
+"""
+    )
+    assert said.startswith("refused: ")
+    assert "Traceback" not in said
 
 
 def test_the_one_of_a_killed_program_is_taken_away_by_a_later_one_and_that_of_a_living_one_is_not(temporary):

@@ -23,6 +23,9 @@ MOUNTS = """\
 36 22 0:45 / /w rw - 9p drvfs rw
 a line that nobody can read
 37 22 0:46 / /disk rw - fuseblk /dev/sdc1 rw
+38 22 0:47 / /host rw - virtiofs share rw
+39 22 0:48 / /mac rw - fakeowner /run/host_mark/Users rw
+40 22 0:49 / /auto rw - autofs /etc/auto.home rw,fd=7
 """
 
 
@@ -48,7 +51,10 @@ def mounts(tmp_path, monkeypatch):
         ("/lustre/scratch", "lustre", True),
         ("/covered/x", "tmpfs", False),
         ("/w/c", "9p", True),
-        ("/disk/cache", "fuseblk", False),
+        ("/disk/cache", "fuseblk", True),
+        ("/host/cache", "virtiofs", True),
+        ("/mac/cache", "fakeowner", True),
+        ("/auto/nobody/cache", "autofs", True),  # it mounted nothing
     ],
 )
 def test_the_nearest_mount_above_decides(mounts, path, kind, is_refused):
@@ -59,6 +65,31 @@ def test_the_nearest_mount_above_decides(mounts, path, kind, is_refused):
 def test_a_link_is_followed_to_where_the_files_would_be(mounts, tmp_path):
     (tmp_path / "link").symlink_to("/lustre/scratch")
     assert filesystems.file_system_of(tmp_path / "link" / "cache") == "lustre"
+
+
+@pytest.mark.parametrize(("kind", "is_refused"), [("nfs4", True), ("ext4", False)])
+@pytest.mark.parametrize("path", ["/auto/me", "/auto/me/cache", "/auto/me/a/b"])
+def test_what_is_mounted_on_demand_is_mounted_and_looked_at_again(mounts, monkeypatch, path, kind, is_refused):
+    """Only the home directory is there; like the kernel, a stat mounts no last name of a path."""
+    stat = filesystems.os.stat
+
+    def mount_and_stat(asked, **options):
+        name = str(asked)
+        if name.startswith("/auto/me/"):
+            with mounts.open("a") as file:
+                file.write(f"50 40 0:60 / /auto/me rw - {kind} server:/home/me rw\n")
+            if name != "/auto/me/.":
+                raise FileNotFoundError(name)
+            return stat("/", **options)
+        return stat(asked, **options)
+
+    monkeypatch.setattr(filesystems.os, "stat", mount_and_stat)
+    assert filesystems.file_system_of(Path(path)) == kind
+    if is_refused:
+        with pytest.raises(StoreError, match=kind):
+            filesystems.check_file_system(Path(path))
+    else:
+        filesystems.check_file_system(Path(path))
 
 
 def test_a_system_that_does_not_tell_refuses_nothing(mounts):
@@ -82,6 +113,15 @@ def test_where_the_temporary_directory_is_remote_too_another_place_is_named(moun
         file.write("50 22 0:50 / /tmp rw - nfs x rw\n")
     monkeypatch.setattr(filesystems.tempfile, "gettempdir", lambda: "/tmp")
     with pytest.raises(StoreError, match="such as /var/tmp/torchcache"):
+        filesystems.check_file_system(Path("/data/cache"))
+
+
+def test_the_refusal_needs_no_directory_for_temporary_files(mounts, monkeypatch):
+    def find_none():
+        raise FileNotFoundError("No usable temporary directory found")
+
+    monkeypatch.setattr(filesystems.tempfile, "gettempdir", find_none)
+    with pytest.raises(StoreError, match="nfs4"):
         filesystems.check_file_system(Path("/data/cache"))
 
 

@@ -1,28 +1,35 @@
 """Which file systems LMDB cannot work on, and where else to go.
 
 LMDB maps its file and locks it between processes; its documentation excludes remote file systems, where
-neither is coherent. FUSE counts with them: a failed read of a mapped page there kills the process.
+neither is coherent. FUSE counts with them: a failed read of a mapped page there kills the process. So do the
+folders that a virtual machine shares with its host.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
 
 from torchcache.errors import StoreError
 
-#: Types as in /proc/self/mountinfo; "fuse.*" with any subtype is refused as well.
+#: Types as in /proc/self/mountinfo; "fuse.*" with any subtype is refused as well. "autofs" is what is still not
+#: mounted after it was asked for: what will be there cannot be known.
 REFUSED = frozenset(
     {
         "9p",
         "acfs",
         "afs",
+        "autofs",
         "beegfs",
         "ceph",
         "cifs",
         "coda",
+        "drvfs",
+        "fakeowner",
         "fuse",
+        "fuseblk",
         "gfs",
         "gfs2",
         "glusterfs",
@@ -39,6 +46,8 @@ REFUSED = frozenset(
         "smb3",
         "smbfs",
         "vboxsf",
+        "virtiofs",
+        "vmhgfs",
         "wekafs",
     }
 )
@@ -59,8 +68,9 @@ def check_file_system(path: Path) -> None:
     kind = file_system_of(path)
     if is_refused(kind):
         raise StoreError(
-            f"{path} lies on a network file system ({kind}), where LMDB does not work; set persistent_cache_dir to "
-            f"a disk of this machine{_alternative()}. Until then nothing is kept on disk",
+            f"{path} lies on a file system of the network, of FUSE or of a virtual machine's host ({kind}), where "
+            f"LMDB does not work; set persistent_cache_dir to a disk of this machine{_alternative()}. Until then "
+            "nothing is kept on disk",
             kind="file_system",
         )
 
@@ -71,12 +81,30 @@ def is_refused(kind: str) -> bool:
 
 
 def file_system_of(path: Path) -> str:
-    """Return the type of the file system that holds ``path``; an empty string where that cannot be known."""
+    """Return the type of the file system that holds ``path``; an empty string where that cannot be known.
+
+    What is mounted on demand is mounted for it.
+    """
+    kind = _mounted_type(os.path.realpath(path))
+    if kind == "autofs":
+        _mount_on_demand(path)
+        kind = _mounted_type(os.path.realpath(path))
+    return kind
+
+
+def _mount_on_demand(path: Path) -> None:
+    """Reach for the directory, or for the nearest parent that there is, so that autofs mounts it."""
+    for place in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            os.stat(os.path.join(place, "."))  # the last name of a path is not mounted by stat (Linux 4.11)
+            return
+
+
+def _mounted_type(real: str) -> str:
     try:
         lines = _MOUNTS.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return ""
-    real = os.path.realpath(path)
     best, found = "", ""
     for line in lines:
         before, _, after = line.partition(" - ")
@@ -93,7 +121,10 @@ def file_system_of(path: Path) -> str:
 
 
 def _alternative() -> str:
-    for place in (tempfile.gettempdir(), "/var/tmp", "/dev/shm"):  # noqa: S108 - named to the user, not used
+    places = ["/var/tmp", "/dev/shm"]  # noqa: S108 - named to the user, not used
+    with contextlib.suppress(OSError):  # there may be no directory for temporary files
+        places.insert(0, tempfile.gettempdir())
+    for place in places:
         if os.access(place, os.W_OK) and not is_refused(file_system_of(Path(place))):
             return f", such as {Path(place) / 'torchcache'}"
     return ""
