@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes.programs import store_hits
 from tests.storage.children import ROOT, finish, read_line, run, start
+from tests.storage.known_values import open_store
 
 USE = """
 import sys
@@ -226,6 +228,33 @@ if __name__ == "__main__":
         PYTHONPATH=f"{ROOT}:{tmp_path}",
     )
     assert "0 is its exit code" in said
+
+
+def test_reserving_while_a_worker_is_still_prepared_loses_nothing(tmp_path, root):
+    """A child of a fork server imports its target before it knows that it is one, and runs no exit handlers."""
+    (tmp_path / "early.py").write_text(
+        "from tests.processes.programs import write_in_a_worker\n"
+        "from torchcache.storage.temporary import reserve\n"
+        "class Work:\n"
+        "    def __call__(self, *args): write_in_a_worker(*args)\n"
+        "reserve()\n"
+    )
+    run(
+        """
+import multiprocessing, sys
+from pathlib import Path
+from early import Work
+
+if __name__ == "__main__":
+    worker = multiprocessing.get_context("forkserver").Process(target=Work(), args=(Path(sys.argv[1]), 0, 40, "normal"))
+    worker.start()
+    worker.join(20)
+    assert worker.exitcode == 0
+""",
+        root,
+        PYTHONPATH=f"{ROOT}:{tmp_path}",
+    )
+    assert store_hits(open_store(root), range(40)) == set(range(40))
 
 
 def test_one_that_was_taken_away_is_made_again_privately(temporary):
