@@ -89,11 +89,11 @@ class _Use:
         self._descriptor: int | None = None  # holds the lock
 
     def reserve(self) -> None:
-        with self._mine:
+        with self._mine.raw:
             self._reserve()
 
     def join(self) -> Path:
-        with self._mine:
+        with self._mine.raw:
             try:
                 self._reserve()
                 if self._path is None:
@@ -120,7 +120,7 @@ class _Use:
 
     def _leave(self) -> None:
         """Give up the lock, and remove the directory if that was the last; silent whatever happens."""
-        if not self._mine.acquire(_EXIT_LOCK_SECONDS):
+        if not self._mine.raw.acquire(timeout=_EXIT_LOCK_SECONDS):
             return
         try:
             self._close()
@@ -131,7 +131,7 @@ class _Use:
                 for path in {self._path or _path_of(self._key), _path_of(_current_key())}:
                     _remove_own(path)
         finally:
-            self._mine.release()
+            self._mine.raw.release()
 
     def _close(self) -> None:
         if self._descriptor is not None:
