@@ -917,7 +917,7 @@ class Cache:
         )
         try:
             if look.is_private or options.persistent_cache_dir is None:
-                directory = CacheDirectory(temporary_directory())
+                directory = CacheDirectory(temporary_directory(), before_turn=temporary_directory)
             else:
                 directory = CacheDirectory(options.persistent_cache_dir, GROUP if options.shared else PRIVATE)
             store = LmdbStore(directory, look.module_hash, settings)

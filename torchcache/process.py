@@ -187,8 +187,9 @@ _fork_turn = threading.Lock()
 _forker: int | None = None  # the thread whose turn it is
 _taken: dict[ForkLock, bool] = {}
 _generation = 0
-_exit_callbacks: dict[Callable[[], None], bool] = {}
+_exit_callbacks: dict[Callable[[], None], None] = {}
 _exit_pid = 0
+_has_finalizer = False
 
 
 def listen_to_forks(listener: ForkListener) -> None:
@@ -196,33 +197,29 @@ def listen_to_forks(listener: ForkListener) -> None:
     _listeners.add(listener)
 
 
-def at_exit(callback: Callable[[], None], *, last: bool = False) -> None:
+def at_exit(callback: Callable[[], None]) -> None:
     """Call ``callback`` once when this process ends in an orderly way; bounded by the callback itself.
 
     A forked child does not inherit it: what the parent registered is the parent's to do.
-
-    Args:
-        callback: What to call.
-        last: Call it after those that are not last, whoever registered first.
     """
-    global _exit_pid  # noqa: PLW0603 - atexit is inherited through a fork, so who registered has to be known
+    global _exit_pid, _has_finalizer  # noqa: PLW0603 - both ways to an end are inherited through a fork
     pid = os.getpid()
     if _exit_pid != pid:
-        _exit_pid = pid
+        _exit_pid, _has_finalizer = pid, False
         _exit_callbacks.clear()
-        run = functools.partial(_run_exit_callbacks, pid)
-        atexit.register(run)
-        if is_child():
-            multiprocessing_util.Finalize(None, run, exitpriority=_EXIT_PRIORITY)
-    _exit_callbacks[callback] = last
+        atexit.register(_run_exit_callbacks, pid)
+    # A child of a fork server imports the program before it is told that it is a child.
+    if is_child() and not _has_finalizer:
+        _has_finalizer = True
+        multiprocessing_util.Finalize(None, functools.partial(_run_exit_callbacks, pid), exitpriority=_EXIT_PRIORITY)
+    _exit_callbacks[callback] = None
 
 
 def _run_exit_callbacks(pid: int) -> None:
     if os.getpid() != pid or _exit_pid != pid:
         return
-    for callback in sorted(_exit_callbacks, key=_exit_callbacks.__getitem__):
-        if _exit_callbacks.pop(callback, None) is not None:
-            callback()
+    while _exit_callbacks:
+        _exit_callbacks.popitem()[0]()
 
 
 def _weak_callback(callback: Callable[[], None]) -> Callable[[], Callable[[], None] | None]:

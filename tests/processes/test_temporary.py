@@ -473,3 +473,33 @@ def go_on():
 threading.Thread(target=go_on, daemon=True).start()
 """
     )
+
+
+def test_a_directory_that_was_swept_away_is_made_anew_and_goes_on(temporary):
+    """Whoever cleans /tmp must cost a running program its rows at most, and nobody else may come to see them."""
+    said = run(
+        """
+import shutil, torch, torchcache
+from torchcache.storage.temporary import temporary_directory
+
+@torchcache.torchcache(persistent=True, max_memory_cache_size=0)
+def double(x):
+    return x * 2
+
+x = torch.arange(8.0).reshape(4, 2)
+double(x)
+assert torchcache.flush_all()
+path = double.cache_instance.cache_dir.parent
+shutil.rmtree(path)
+for n in range(3):
+    assert torch.equal(double(x + n), (x + n) * 2)
+    assert torchcache.flush_all()
+assert path == temporary_directory() and path.stat().st_mode & 0o777 == 0o700, oct(path.stat().st_mode)
+assert (path / ".in-use.lock").exists()
+misses = double.cache_instance.stats().misses
+double(x + 2)
+assert double.cache_instance.stats().misses == misses
+print("went on")
+"""
+    )
+    assert "went on" in said

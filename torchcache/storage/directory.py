@@ -40,13 +40,19 @@ class CacheDirectory:
     The turn (a file lock and a lock of this process) is held around every change of anything under the
     directory, so that the budget counts all processes and nobody ever waits inside LMDB.
 
+    Args:
+        path: The directory.
+        access: Who may use it.
+        before_turn: Called in each turn first: makes a temporary directory anew that somebody swept away.
+
     Raises:
         StoreError: If the directory cannot be made or must not be used.
     """
 
-    def __init__(self, path: Path, access: Access = PRIVATE) -> None:
+    def __init__(self, path: Path, access: Access = PRIVATE, before_turn: Callable[[], object] | None = None) -> None:
         self.path = path
         self.access = access
+        self._before_turn = before_turn
         check_file_system(path)
         try:
             access.make_directories(path)
@@ -72,6 +78,8 @@ class CacheDirectory:
         while not mine.acquire(timeout=0.05):
             self._check_wait(deadline, cancel)
         try:
+            if self._before_turn is not None:
+                self._before_turn()
             # A new lock object each time: an inherited one refuses to work in a forked child.
             lock = FileLock(
                 self.path / LOCK_NAME,
