@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torchcache import samples
+from torchcache import arguments
 from torchcache.memory import MemoryTier
 from torchcache.samples import Batch
 
@@ -49,13 +49,13 @@ def _wrong_value() -> None:
 
 def _short_sighted() -> None:
     """Let the key see only the beginning of each row."""
-    true_digests = samples.digest_rows
+    true_digests = arguments.digest_rows
 
     def digest_rows(data: memoryview, n: int) -> list[bytes]:
         width = len(data) // n
         return true_digests(memoryview(b"".join(data[i * width : i * width + width // 2] for i in range(n))), n)
 
-    samples.digest_rows = digest_rows  # type: ignore[attr-defined]
+    arguments.digest_rows = digest_rows  # type: ignore[attr-defined]
 
 
 DEFECTS: dict[str, Callable[[], None]] = {

@@ -76,21 +76,21 @@ def test_a_suite_finds_what_was_planted_and_says_how_to_see_it_again(suite, plan
 
 
 def test_every_kind_of_case_gets_its_turn(tmp_path):
-    status, lines = stress("run", "--suite", "keys", "--seconds", 90, "--cases", 160, "--seed", 1, "--dir", tmp_path)
+    status, lines = stress("run", "--suite", "keys", "--seconds", 90, "--cases", 100, "--seed", 1, "--dir", tmp_path)
     verdict = json.loads(lines[0])
     assert status == 0, "\n".join(lines)
-    assert verdict["cases"] == 160
+    assert verdict["cases"] == 100
     assert min(verdict["kinds"].values()) > 0
     assert {"live", "fresh", "stored", "process", "fork", "inherited", "forkserver", "spawn"} == set(verdict["ways"])
-    assert verdict["hits"] == verdict["expected"] > 50
+    assert verdict["hits"] == verdict["expected"] > 30
     assert verdict["violations"] == verdict["wrong_results"] == verdict["shared_keys"] == verdict["split_keys"] == 0
     assert lines[1:] == ["stress: 1 passed, 0 failed"]
 
 
-@pytest.mark.parametrize(("plant", "kind"), [("blind", "shared"), ("restless", "apart")])
-def test_a_key_that_is_wrong_is_found_and_the_case_can_be_seen_again(plant, kind, tmp_path):
+@pytest.mark.parametrize(("plant", "kind", "cases"), [("blind", "shared", 80), ("restless", "apart", 40)])
+def test_a_key_that_is_wrong_is_found_and_the_case_can_be_seen_again(plant, kind, cases, tmp_path):
     words = ("--seed", 1, "--dir", tmp_path, "--jobs", 1, "--plant", plant)
-    status, lines = stress("run", "--suite", "keys", "--seconds", 90, "--cases", 80, *words)
+    status, lines = stress("run", "--suite", "keys", "--seconds", 90, "--cases", cases, *words)
     assert status == 1
     assert json.loads(lines[0])["violations"] > 0
     said = next(line for line in lines if line.startswith(f"{kind}: "))
