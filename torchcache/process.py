@@ -39,6 +39,9 @@ FORK_DRAIN_SECONDS = 5.0
 #: How long it waits for one lock; none is ever held for longer than a copy or a hash.
 FORK_LOCK_SECONDS = 2.0
 
+#: How often who closes the gate looks whether anybody is still inside.
+_LOOK_SECONDS = 0.02
+
 #: Finalizers of multiprocessing's children run from high to low; torch's own pools have lower ones.
 _EXIT_PRIORITY = 100
 
@@ -90,9 +93,9 @@ class Gate:
     """Counts the threads inside LMDB, so that a fork can wait until nobody is."""
 
     def __init__(self) -> None:
-        self._mutex = threading.RLock()  # again by the same thread where a passage is given up inside
+        self._mutex = threading.Lock()
         self._changed = threading.Condition(self._mutex)
-        self._inside = 0  # guarded by _mutex
+        self._inside: set[weakref.ref[Passage]] = set()  # guarded by _mutex
         self._closers: set[object] = set()  # guarded by _mutex; who keeps it closed
 
     def enter(self) -> Passage:
@@ -104,24 +107,31 @@ class Gate:
         with self._mutex:
             if self._closers:
                 self._changed.wait_for(lambda: not self._closers, timeout=2 * FORK_DRAIN_SECONDS)
-            self._inside += 1
-            passage.mutex = self._mutex
+            self._inside.add(passage.reference)
         return passage
 
     def leave(self, passage: Passage) -> None:
         """End a passage; one that was inherited through a fork has ended already."""
         with self._mutex:
-            if passage.mutex is self._mutex:
-                self._inside -= 1
-                if self._closers:
-                    self._changed.notify_all()
-            passage.mutex = None
+            self._inside.discard(passage.reference)
+            if self._closers:
+                self._changed.notify_all()
 
     def close(self, closer: object, timeout_seconds: float) -> bool:
         """Let nobody in until the same ``closer`` opens it; return whether everybody left in time."""
+        deadline = time.monotonic() + timeout_seconds
         with self._mutex:
             self._closers.add(closer)
-            return self._changed.wait_for(lambda: self._inside == 0, timeout=timeout_seconds)
+            while self._is_anybody_inside():
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                self._changed.wait(min(left, _LOOK_SECONDS))  # nobody tells of a passage that was given up
+            return True
+
+    def _is_anybody_inside(self) -> bool:
+        self._inside = {reference for reference in self._inside if reference() is not None}
+        return bool(self._inside)
 
     def open(self, closer: object) -> None:
         """Take back what ``closer`` closed, if it did."""
@@ -149,18 +159,14 @@ class Passage:
     So Ctrl-C at the wrong moment leaves nobody inside for ever.
     """
 
-    __slots__ = ("_gate", "mutex")
+    __slots__ = ("__weakref__", "_gate", "reference")
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self.mutex: object = None  # the gate's while inside
+        self.reference = weakref.ref(self)
 
     def leave(self) -> None:
         self._gate.leave(self)
-
-    def __del__(self) -> None:
-        if self.mutex is not None:
-            self._gate.leave(self)
 
 
 class ForkListener(Protocol):
