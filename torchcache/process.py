@@ -19,7 +19,9 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import _thread
 import atexit
+import contextlib
 import functools
 import logging  # noqa: F401 - registers its own fork hooks before ours, so that ours run first
 import multiprocessing
@@ -190,7 +192,7 @@ gate = Gate()
 _locks: weakref.WeakSet[ForkLock] = weakref.WeakSet()
 _listeners: weakref.WeakSet[ForkListener] = weakref.WeakSet()
 _fork_turn = threading.Lock()
-_forker: int | None = None  # the thread whose turn it is
+_forkers: set[int] = set()  # threads that have the turn, or are waiting for it
 _taken: dict[ForkLock, bool] = {}
 _generation = 0
 _exit_callbacks: dict[Callable[[], None], None] = {}
@@ -236,28 +238,29 @@ def _weak_callback(callback: Callable[[], None]) -> Callable[[], Callable[[], No
 def _take_fork_turn() -> None:
     """Wait until no other thread is forking, for a time that a fork outwaits; then it is this thread's turn.
 
-    A turn that was never given back, because another audit hook refused the fork, is taken over.
+    Noted first: of a thread that is interrupted here, or whose fork another audit hook refuses, the next fork
+    gives the turn back.
     """
-    global _forker  # noqa: PLW0603 - fork hooks have no other place for what one tells the next
     me = threading.get_ident()
-    if _forker != me:
+    if me not in _forkers:
+        _forkers.add(me)
         _fork_turn.acquire(timeout=2 * FORK_DRAIN_SECONDS)
-        _forker = me
 
 
 def _give_fork_turn_back() -> None:
-    global _forker  # noqa: PLW0603 - as above
-    if _forker == threading.get_ident():
-        _forker = None
-        _fork_turn.release()
+    me = threading.get_ident()
+    if me in _forkers:
+        _forkers.discard(me)
+        with contextlib.suppress(RuntimeError):  # it was never taken
+            _fork_turn.release()
 
 
 class _HeldSignals:
     """Puts signals off whose handlers in Python could raise in the middle of a hook: Ctrl-C, an alarm."""
 
     def __init__(self) -> None:
-        self._handlers: dict[int, Any] = {}
-        self._came: list[int] = []
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._came: list[signal.Signals] = []
 
     def hold(self) -> None:
         """Put them off from now on, if this is the thread in which handlers run."""
@@ -265,18 +268,29 @@ class _HeldSignals:
             return
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
             handler = signal.getsignal(number)
-            if callable(handler):
+            if callable(handler) and number not in self._handlers:
                 self._handlers[number] = handler
-                signal.signal(number, lambda came, _: self._came.append(came))
+                signal.signal(number, lambda came, _: self._came.append(signal.Signals(came)))
 
     def let_go(self, *, is_parent: bool) -> None:
         """Handle them as before; what came meanwhile comes now, to the process that was meant."""
-        came, self._came = self._came, []
         while self._handlers:
-            signal.signal(*self._handlers.popitem())
+            number, handler = next(iter(self._handlers.items()))
+            try:
+                signal.signal(number, handler)
+                self._handlers.pop(number, None)
+            except BaseException:  # noqa: BLE001 - one that is back may raise already; it comes again, as all others
+                self._came.append(number)
+        came, self._came = self._came, []
         if is_parent:
             for number in dict.fromkeys(came):
-                signal.raise_signal(number)
+                _thread.start_new_thread(_raise_soon, (number,))
+
+
+def _raise_soon(number: signal.Signals) -> None:
+    """Let a signal come to the main thread when it has left the hook, where an exception would be lost."""
+    time.sleep(0.001)
+    _thread.interrupt_main(number)
 
 
 _held_signals = _HeldSignals()
@@ -284,8 +298,8 @@ _held_signals = _HeldSignals()
 
 def _before_fork() -> None:
     """Bring everything to rest; what does not come to rest stays open."""
-    _take_fork_turn()
     _held_signals.hold()
+    _take_fork_turn()
     deadline = time.monotonic() + FORK_DRAIN_SECONDS
     rested = [listener.before_fork(deadline) for listener in list(_listeners)]
     drained = gate.close(_fork_turn, max(0.0, deadline - time.monotonic()))
@@ -309,13 +323,14 @@ def _after_fork_in_parent() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _fork_turn, _forker, _generation  # noqa: PLW0603 - as above
+    global _fork_turn, _generation  # noqa: PLW0603 - fork hooks have no other place for what one tells the next
     _generation += 1
     for lock in list(_locks):
         lock.free_in_child(taken=_taken.get(lock, False))
     _taken.clear()
     gate.renew()
-    _fork_turn, _forker = threading.Lock(), None
+    _fork_turn = threading.Lock()
+    _forkers.clear()
     for listener in list(_listeners):
         listener.after_fork_in_child()
     _held_signals.let_go(is_parent=False)
