@@ -74,7 +74,8 @@ N = 48
 
 def load(dataset, method, ending, epochs=1):
     loader = DataLoader(
-        dataset, batch_size=4, num_workers=2, multiprocessing_context=method, pin_memory=ending == "pinned",
+        dataset, batch_size=4, num_workers=1 if method == "spawn" else 2, multiprocessing_context=method,
+        pin_memory=ending == "pinned",
         persistent_workers=ending == "persistent",
     )
     where = set()
