@@ -44,6 +44,9 @@ FORK_LOCK_SECONDS = 2.0
 #: How often who closes the gate looks whether anybody is still inside.
 _LOOK_SECONDS = 0.02
 
+#: So often at most handlers are set anew at the end of a fork because signals interrupt that.
+_MOST_INTERRUPTIONS = 100
+
 #: Finalizers of multiprocessing's children run from high to low; torch's own pools have lower ones.
 _EXIT_PRIORITY = 100
 
@@ -263,7 +266,7 @@ class _HeldSignals:
         self._came: list[signal.Signals] = []
 
     def hold(self) -> None:
-        """Put them off from now on, if this is the thread in which handlers run."""
+        """Put them off from now on, if this is the thread in which handlers run and can be set."""
         if threading.current_thread() is not threading.main_thread():
             return
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
@@ -273,8 +276,15 @@ class _HeldSignals:
                 signal.signal(number, lambda came, _: self._came.append(signal.Signals(came)))
 
     def let_go(self, *, is_parent: bool) -> None:
-        """Handle them as before; what came meanwhile comes now, to the process that was meant."""
-        while self._handlers:
+        """Handle them as before; what came meanwhile comes now, to the process that was meant.
+
+        Another thread that ends its fork lets nothing go: the main thread may be waiting for its turn.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for _ in range(_MOST_INTERRUPTIONS):
+            if not self._handlers:
+                break
             number, handler = next(iter(self._handlers.items()))
             try:
                 signal.signal(number, handler)

@@ -6,6 +6,7 @@ import functools
 import gc
 import os
 import random
+import signal
 import threading
 import time
 
@@ -455,6 +456,37 @@ def test_threads_that_fork_at_the_same_moment_all_succeed(root):
     assert writer.flush(10)
     assert store_hits(store, range(20)) == set(range(20))
     assert observer.faults == []
+
+
+@in_a_process_of_its_own
+def test_forks_of_the_main_thread_beside_others_interrupt_nobody(root):
+    """The main thread holds signals while it waits for its turn, and nobody else may let them go."""
+    store = open_store(root)
+    put(store, digests_of(range(10)))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    signal.signal(signal.SIGTERM, lambda *_: pytest.fail("a signal that nobody sent"))
+    handlers[1] = signal.getsignal(signal.SIGTERM)
+    is_over, failures = threading.Event(), []
+
+    def fork_again_and_again():
+        try:
+            while not is_over.is_set():
+                in_child(lambda: None)
+        except BaseException as error:  # noqa: BLE001 - told to the test
+            failures.append(error)
+
+    threads = [threading.Thread(target=fork_again_and_again) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(100):
+            assert in_child(lambda: store_hits(store, range(10))) == set(range(10))
+    finally:
+        is_over.set()
+        for thread in threads:
+            thread.join(20)
+    assert failures == []
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)] == handlers
 
 
 @in_a_process_of_its_own
