@@ -86,8 +86,8 @@ class Access:
         if self.is_group:
             self._check_group(path, status)
         else:
-            if status.st_uid not in (os.geteuid(), 0) and os.geteuid():
-                raise _refused(path, f"belongs to {_user(status.st_uid)}, not to us; {_OWN_OR_GROUP}")
+            if os.geteuid():
+                _check_owner(path, status, (os.geteuid(), 0))
             if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
                 raise _refused(path, f"is writable by everybody ({_mode(status)}); {_OWN_OR_GROUP}")
         if not os.access(path, os.W_OK | os.X_OK):
@@ -104,8 +104,7 @@ class Access:
         if self.is_group:
             self._check_group(path, status)
             return
-        if status.st_uid != os.geteuid():
-            raise _refused(path, f"belongs to {_user(status.st_uid)}, not to us; {_OWN_OR_GROUP}")
+        _check_owner(path, status, (os.geteuid(),))
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise _refused(path, f"is writable by others ({_mode(status)}); chmod 700, or set shared='group'")
 
@@ -145,6 +144,11 @@ _OWN_OR_GROUP = "name a directory of your own, or share one with shared='group'"
 def _check_is_directory(path: Path, status: os.stat_result) -> None:
     if not stat.S_ISDIR(status.st_mode):
         raise _refused(path, "is not a directory")
+
+
+def _check_owner(path: Path, status: os.stat_result, allowed: tuple[int, ...]) -> None:
+    if status.st_uid not in allowed:
+        raise _refused(path, f"belongs to {_user(status.st_uid)}, not to us; {_OWN_OR_GROUP}")
 
 
 def _is_member(group: int) -> bool:
