@@ -191,10 +191,14 @@ class _Program:
         try:
             try:
                 self._go_through(case, data, used, rng)
-            except (OSError, EOFError):  # a connection to a killed worker; torch says so in a signal handler
+            except (OSError, EOFError) as error:  # a connection to a killed worker; torch says so in a signal handler
                 if case.dies_at is not None:
                     time.sleep(_DEATH_SECONDS)
-                raise
+                # Unless it is a fork server's child, of whose death no signal comes to us.
+                is_unsaid = case.method == "forkserver" and isinstance(error, (ConnectionError, EOFError))
+                if not is_unsaid or not log.has_death():
+                    raise
+                traceback.clear_frames(error.__traceback__)
         except RuntimeError as error:
             if case.dies_at is None or "DataLoader worker" not in str(error):
                 raise

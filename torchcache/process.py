@@ -259,7 +259,10 @@ def _give_fork_turn_back() -> None:
 
 
 class _HeldSignals:
-    """Puts signals off whose handlers in Python could raise in the middle of a hook: Ctrl-C, an alarm."""
+    """Puts signals off whose handlers in Python could raise in the middle of a hook.
+
+    Ctrl-C, an alarm, or what torch's data loader says there of a worker that died.
+    """
 
     def __init__(self) -> None:
         self._handlers: dict[signal.Signals, Any] = {}
@@ -269,7 +272,7 @@ class _HeldSignals:
         """Put them off from now on, if this is the thread in which handlers run and can be set."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM):
+        for number in signal.Signals:
             handler = signal.getsignal(number)
             if callable(handler) and number not in self._handlers:
                 self._handlers[number] = handler
