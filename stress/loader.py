@@ -47,6 +47,7 @@ _MOST_DYING_SECONDS = 0.005
 _ANSWER_SECONDS = 30  # of a worker; the loader raises then
 _CASE_SECONDS = 90.0
 _DEATH_SECONDS = 10.0
+_SAID_SECONDS = 1.0
 _RECORD = struct.Struct("<qq")
 _FLUSHED, _DIES = -1, -2
 _LOST = 5
@@ -189,16 +190,15 @@ class _Program:
         if case.method != "fork":
             cache_of(module).flush()  # only a forked child has what its parent has not committed
         try:
-            try:
-                self._go_through(case, data, used, rng)
-            except (OSError, EOFError) as error:  # a connection to a killed worker; torch says so in a signal handler
-                if case.dies_at is not None:
-                    time.sleep(_DEATH_SECONDS)
-                # Unless it is a fork server's child, of whose death no signal comes to us.
-                is_unsaid = case.method == "forkserver" and isinstance(error, (ConnectionError, EOFError))
-                if not is_unsaid or not log.has_death():
-                    raise
-                traceback.clear_frames(error.__traceback__)
+            self._go_through(case, data, used, rng)
+        except (ConnectionError, EOFError) as error:  # to a killed worker
+            # Torch says so in a signal handler too, but what that raises may be lost in some callback of Python's
+            # own, or come only now; and no signal comes to us for a fork server's child.
+            with contextlib.suppress(RuntimeError):
+                time.sleep(_SAID_SECONDS)
+            if not log.has_death():
+                raise
+            traceback.clear_frames(error.__traceback__)
         except RuntimeError as error:
             if case.dies_at is None or "DataLoader worker" not in str(error):
                 raise
