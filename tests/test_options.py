@@ -32,6 +32,7 @@ OTHER = {
     "zstd_compression": True,
     "zstd_compression_level": 9,
     "version": "2",
+    "batch_dim": 1,
     "unbatched": ("x",),
     "eviction": "none",
     "min_free_disk": "5GB",
@@ -120,7 +121,7 @@ def test_exactly_the_options_that_shape_the_key_change_the_module_hash(name):
 
 def test_what_is_stored_otherwise_shapes_the_key():
     shaping = {f.name for f in fields(CacheOptions) if f.metadata["shapes_key"]}
-    assert shaping == {"cache_dtype", "zstd_compression", "version"}
+    assert shaping == {"batch_dim", "cache_dtype", "zstd_compression", "version"}
 
 
 # -- names ----------

@@ -50,6 +50,7 @@ class OptionArguments(TypedDict, total=False):
     zstd_compression: bool
     zstd_compression_level: int
     version: str | None
+    batch_dim: int | None
     unbatched: Sequence[str]
     min_free_disk: float | str | None
     eviction: str
@@ -120,6 +121,15 @@ def _names(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
         return tuple(value)
     raise ConfigError(f"{name}={value!r} must be a tuple of argument names, such as ('mask',)", argument=name)
+
+
+def _dimension(name: str, value: object) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ConfigError(
+            f"{name}={value!r} must be the number of a dimension, 0 or more, or None for calls that are one sample",
+            argument=name,
+        )
+    return value
 
 
 def _directory(name: str, value: object) -> Path | None:
@@ -236,6 +246,9 @@ class CacheOptions:
         zstd_compression: Compress records on disk.
         zstd_compression_level: -100 (fastest) to 22 (smallest).
         version: Any string; another one starts afresh.
+        batch_dim: The dimension of tensors, arguments and results, that samples lie along. None: a call is one
+            sample, with any arguments that have a value (tensors and arrays of any shape too) and any result that is
+            made of tensors, arrays, images and plain values.
         unbatched: Names of arguments that all samples of a call share, although they are or hold tensors: a
             mask, position ids. They count by value.
         eviction: What makes room on disk: "stale" removes what nobody touched for an hour, "lru" the
@@ -267,6 +280,7 @@ class CacheOptions:
     zstd_compression: bool = _option(False, _flag, shapes_key=True)
     zstd_compression_level: int = _option(3, _level, shapes_key=False)
     version: str | None = _option(None, _optional_text, shapes_key=True)
+    batch_dim: int | None = _option(0, _dimension, shapes_key=True)
     unbatched: tuple[str, ...] = _option((), _names, shapes_key=False)
     eviction: str = _option("stale", _one_of("stale", "none", "lru"), shapes_key=False)
     shared: str | None = _option(None, _one_of_or_none("group"), shapes_key=False)
@@ -318,8 +332,15 @@ class CacheOptions:
         """Check what only the merged options can tell.
 
         Raises:
-            ConfigError: If ``zstd_compression`` is set without ``persistent``, or ``shared`` without a directory.
+            ConfigError: If ``zstd_compression`` is set without ``persistent``, ``shared`` without a directory, or
+                ``unbatched`` for calls that have no batch.
         """
+        if self.batch_dim is None and self.unbatched:
+            raise ConfigError(
+                "unbatched has no meaning with batch_dim=None, where a call is one sample and all arguments count by "
+                "value; drop it",
+                argument="unbatched",
+            )
         if self.zstd_compression and not self.persistent:
             raise ConfigError(
                 "zstd_compression=True has no effect without persistent=True: only the disk tier is "

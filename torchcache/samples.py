@@ -11,9 +11,11 @@ import torch
 from torch.autograd import forward_ad
 
 from torchcache.arguments import Argument, Tensors, Texts, open_argument
+from torchcache.call_results import CallResults
 from torchcache.errors import ConfigError, UncacheableError
 from torchcache.keys.digest import combine, digest_parts
 from torchcache.keys.values import encode_plain
+from torchcache.results import Results
 from torchcache.tensors import unsupported_kind
 
 
@@ -25,15 +27,24 @@ class CallSignature:
         is_method: Its first parameter is bound already.
         label: Enters the digest of every sample.
         unbatched: Names of arguments that all samples share, although they are or hold tensors.
+        batch_dim: The dimension of tensors that samples lie along; None if a call is one sample.
 
     Raises:
         ConfigError: If ``unbatched`` names no parameter.
     """
 
     def __init__(
-        self, function: Callable[..., object], *, is_method: bool, label: str, unbatched: Sequence[str] = ()
+        self,
+        function: Callable[..., object],
+        *,
+        is_method: bool,
+        label: str,
+        unbatched: Sequence[str] = (),
+        batch_dim: int | None = 0,
     ) -> None:
-        self._label = label.encode()
+        self._label = (f"{label} along {batch_dim}" if batch_dim else label).encode()
+        self._batch_dim = batch_dim
+        self._results = CallResults() if batch_dim is None else Results(batch_dim)
         parameters = list(inspect.signature(function).parameters.values())
         if is_method and parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
             del parameters[0]
@@ -79,7 +90,8 @@ class CallSignature:
             # One that only **kwargs takes may be called like an argument that is given by position.
             name = f"**{key}" if key in self._positional_only or "[" in key else key
             self._sort_argument(name, key, value, arguments, plain)
-        return Batch(args, kwargs, arguments, plain)
+        kind = Call if self._batch_dim is None else Batch
+        return kind(args, kwargs, arguments, plain, self._results)
 
     def _sort_argument(
         self, name: str, place: int | str, value: object, arguments: list[Argument], plain: dict[str, bytes]
@@ -87,14 +99,14 @@ class CallSignature:
         """Put an argument among those whose samples are told apart, or among what all samples share."""
         plain.pop(name, None)
         is_shared = name in self._unbatched or (self._rest in self._unbatched and name.startswith(f"{self._rest}["))
-        if isinstance(value, torch.Tensor) and not is_shared:
-            arguments.append(Argument(name, place, [Tensors(name, value)]))
+        batch_dim = None if is_shared else self._batch_dim
+        if isinstance(value, torch.Tensor) and batch_dim is not None:
+            arguments.append(Argument(name, place, [Tensors(name, value, batch_dim)]))
             return
         encoded = encode_plain(value)
         if encoded is None:
-            argument, encoded = open_argument(name, place, value, is_shared=is_shared)
-            arguments.append(argument)
-        if encoded:
+            arguments.append(open_argument(name, place, value, batch_dim))
+        else:
             plain[name] = encoded
 
 
@@ -126,7 +138,13 @@ def _batch_size(arguments: Sequence[Argument]) -> int:
                 f"number ({leaf.name}.item()), expand it to (batch,), or name it in unbatched if all samples share it",
                 argument=leaf.name,
             )
-        sizes[leaf.name] = leaf.tensor.shape[0]
+        if leaf.tensor.dim() <= leaf.batch_dim:
+            raise UncacheableError(
+                f"argument {leaf.name!r} has shape {tuple(leaf.tensor.shape)} and so no dimension {leaf.batch_dim}, "
+                "which is batch_dim; name it in unbatched if all samples share it",
+                argument=leaf.name,
+            )
+        sizes[leaf.name] = leaf.tensor.shape[leaf.batch_dim]
     flat = [leaf for leaf in leaves if isinstance(leaf, Tensors) and leaf.tensor.dim() == 1]
     if len(flat) == len(leaves):
         name = flat[0].name
@@ -141,17 +159,25 @@ def _batch_size(arguments: Sequence[Argument]) -> int:
         first = next(iter(sizes))
         other = next(name for name, size in sizes.items() if size != sizes[first])
         raise UncacheableError(
-            f"arguments {first!r} and {other!r} differ in their batch dimension ({shown}); dimension 0 of "
-            "every tensor must be the batch: expand shared tensors to it, or name them in unbatched",
+            f"arguments {first!r} and {other!r} differ in their batch dimension ({shown}); dimension "
+            f"{_batch_dim_of(leaves)} of every tensor must be the batch: expand shared tensors to it, or name them in "
+            "unbatched",
             argument=other,
         )
     return sizes[leaves[0].name]
 
 
+def _batch_dim_of(leaves: Sequence[Tensors | Texts]) -> int:
+    return next((leaf.batch_dim for leaf in leaves if isinstance(leaf, Tensors)), 0)
+
+
 class Batch:
     """One call, seen as ``n`` samples. The arguments stay the caller's and are not changed."""
 
-    __slots__ = ("_args", "_arguments", "_kwargs", "_leaves", "_plain", "_unsupported", "n", "tensors")
+    __slots__ = ("_args", "_arguments", "_kwargs", "_leaves", "_plain", "_unsupported", "n", "results", "tensors")
+
+    #: Whether rows of several calls may be forwarded together.
+    is_divisible = True
 
     def __init__(
         self,
@@ -159,16 +185,24 @@ class Batch:
         kwargs: Mapping[str, object],
         arguments: Sequence[Argument],
         plain: Mapping[str, bytes],
+        results: Results,
     ) -> None:
+        self.results = results
         self._args = args
         self._kwargs = kwargs
         self._arguments = sorted(arguments, key=lambda argument: argument.name)  # however they were given
         self._plain = plain
-        self._leaves = [leaf for argument in self._arguments if not argument.is_shared for leaf in argument.leaves]
+        self._leaves = self._find_leaves()
         #: The tensors that hold the samples, in the order of their names.
         self.tensors = [leaf.tensor for leaf in self._leaves if isinstance(leaf, Tensors)]
         self._unsupported = next(filter(None, map(unsupported_kind, self.tensors)), None)
-        self.n = 0 if self._unsupported else _batch_size(arguments)
+        self.n = 0 if self._unsupported else self._count(arguments)
+
+    def _find_leaves(self) -> list[Any]:
+        return [leaf for argument in self._arguments if not argument.is_shared for leaf in argument.leaves]
+
+    def _count(self, arguments: Sequence[Argument]) -> int:
+        return _batch_size(arguments)
 
     @property
     def first_device(self) -> torch.device:
@@ -194,12 +228,20 @@ class Batch:
 
     def shared_parts(self) -> list[tuple[str, bytes]]:
         """Return what all samples of the call have in common: plain arguments, dtypes and row shapes, by name."""
-        parts = [(f"argument {name}" if name else "function", self._plain[name]) for name in sorted(self._plain)]
-        return parts + [leaf.describe() for leaf in self._leaves]
+        plain = {**self._plain, **{a.name: encoded for a in self._arguments if (encoded := a.encode())}}
+        parts = [(f"argument {name}" if name else "function", plain[name]) for name in sorted(plain)]
+        return parts + self._forms()
+
+    def _forms(self) -> list[tuple[str, bytes]]:
+        return [leaf.describe() for leaf in self._leaves]
 
     def signature(self) -> bytes:
         """Return the digest of what all samples of the call have in common."""
         return digest_parts(part for name, value in self.shared_parts() for part in (name.encode(), value))
+
+    def form(self, signature: bytes) -> bytes:
+        """Return what tells namespaces of one state apart: whether rows depend on their batch is a matter of both."""
+        return signature
 
     def digests(self, signature: bytes) -> list[bytes]:
         """Return the 16-byte digest of each sample, in order."""
@@ -231,3 +273,32 @@ class Batch:
             else:
                 kwargs[argument.place] = argument.with_leaves(rows)
         return tuple(args), kwargs
+
+
+class Call(Batch):
+    """One call that is one sample, whatever its arguments: all of them count by value."""
+
+    __slots__ = ()
+    is_divisible = False
+
+    def _find_leaves(self) -> list[Any]:
+        return [leaf for argument in self._arguments for leaf in argument.leaves]
+
+    def _count(self, arguments: Sequence[Argument]) -> int:  # noqa: ARG002 - as of Batch
+        return 1
+
+    def _forms(self) -> list[tuple[str, bytes]]:
+        return []
+
+    def form(self, signature: bytes) -> bytes:  # noqa: ARG002 - as of Batch
+        return b"call"
+
+    def digests(self, signature: bytes) -> list[bytes]:
+        return [signature]
+
+    def select(
+        self,
+        positions: Sequence[int],  # noqa: ARG002 - as of Batch
+        extra: tuple[Any, ...] | None = None,  # noqa: ARG002
+    ) -> tuple[tuple[object, ...], dict[str, object]]:
+        return self._args, dict(self._kwargs)
