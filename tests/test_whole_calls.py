@@ -387,7 +387,7 @@ def test_a_tensor_without_that_dimension_is_refused():
 
 @pytest.mark.parametrize("result", [torch.rand(3), torch.rand(3, 2), torch.rand(3, 4, 2)])
 def test_a_result_without_that_dimension_is_refused(result):
-    with pytest.raises(UncacheableError, match="dimension 1, which is batch_dim"):
+    with pytest.raises(UncacheableError, match="dimension 1 of the result must be the batch"):
         torchcache(batch_dim=1)(lambda x: result)(torch.rand(2, 3))
 
 

@@ -127,6 +127,10 @@ class Argument:
     form: bytes = b""
     is_shared: bool = False
 
+    def tensors(self) -> list[Tensors]:
+        """Return those of its leaves that are tensors."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensors)]
+
     def encode(self) -> bytes:
         """Return what all samples share of it: the form of its container, and all of it if it is shared."""
         return (

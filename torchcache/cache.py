@@ -31,9 +31,10 @@ from torchcache.log import warn_once
 from torchcache.memory import MemoryTier
 from torchcache.options import CacheOptions
 from torchcache.outputs import detached, unsupported_leaf
+from torchcache.padding import PaddedResults, follow_length
 from torchcache.reasons import remedy_for
 from torchcache.recheck import Verdicts, Witness, largest_row, row_distance, tolerance
-from torchcache.samples import Batch, CallSignature
+from torchcache.samples import Batch, CallSignature, PaddedBatch
 from torchcache.stats import CacheStats, Counters
 from torchcache.storage.access import GROUP, PRIVATE
 from torchcache.storage.contract import Verdict, Written
@@ -47,7 +48,7 @@ from torchcache.storage.writer import (
     WORKER_QUEUE_BYTES,
     writer,
 )
-from torchcache.structure import KnownClasses
+from torchcache.structure import KnownClasses, Tree
 
 R = TypeVar("R")
 
@@ -58,8 +59,8 @@ _REDUCER_WAITS = (
     "prior iteration'"
 )
 
-#: So many forms of plain values beside tensors are watched for batch sizes.
-_MOST_PLAIN = 1024
+#: So many forms of plain values beside tensors are watched for batch sizes, and of results for what follows a length.
+_MOST_FORMS = 1024
 
 _disabled: ContextVar[bool] = ContextVar("torchcache_disabled", default=False)
 _calling = local()  # .active: ids of the targets whose cached call is under way in this thread
@@ -170,6 +171,7 @@ class Cache:
         self._flights = Flights()
         self._known = KnownClasses()
         self._sizes_of_plain: dict[bytes, set[int]] = {}  # batch sizes that gave equal plain values
+        self._followed: dict[bytes, Sequence[Sequence[int]]] = {}  # what of padded results is as long as the mask
         self._chance = random.Random(os.urandom(16))  # noqa: S311 - chooses samples; the global one is the user's
         self._devices: tuple[torch.device, ...] = ()  # where the last computed result had its leaves
         self._last_namespace: tuple[Look | None, bytes, bytes] = (None, b"", b"")
@@ -467,12 +469,12 @@ class Cache:
         if witness is not None and witness.row is None:
             positions += witness.cached.positions
         is_as_given = witness is None and (is_trial or len(positions) == call.batch.n == n)
-        args, kwargs = call.args, call.kwargs
+        args, kwargs, results = call.args, call.kwargs, call.batch.results
         failure: Exception | None = None
         output: object = None
         try:
             if not is_as_given:
-                args, kwargs = call.batch.select(positions, None if witness is None else witness.row)
+                args, kwargs, results = call.batch.select(positions, None if witness is None else witness.row)
             with torch.no_grad():
                 output = call.function(*args, **kwargs)
         except Exception as error:
@@ -481,11 +483,21 @@ class Cache:
             failure = error
         if failure is not None:
             return self._without_extras(call, own, doubted, found, failure)
-        results = call.batch.results
+        effect = None
+        if _random_state() != random_before:
+            effect = "random_numbers"
+        elif collectives_done() != talks_before:
+            effect = "collectives"  # by code that the walk does not see, such as a library's
+        self._verdicts.note_effect(call.namespace, effect)
         tree = results.flatten(output)
         kind = unsupported_leaf(tree)
         if kind is not None:
             return self._give_back(kind, call, output if is_as_given else None)
+        if isinstance(results, PaddedResults):
+            following = effect or self._follow_length(call, positions, tree, results)
+            if isinstance(following, str):
+                return _Answer(self._go_around(following, call))
+            results = following
         try:
             total = call.batch.n if is_trial else n + len(doubted) + (witness is not None)
             parts, overflowed = results.take_apart(tree, total, self.options.cache_dtype, self._known)
@@ -496,12 +508,6 @@ class Cache:
                 raise
             return self._without_extras(call, own, doubted, found, error)
         self._devices = results.devices(tree)
-        effect = None
-        if _random_state() != random_before:
-            effect = "random_numbers"
-        elif collectives_done() != talks_before:
-            effect = "collectives"  # by code that the walk does not see, such as a library's
-        self._verdicts.note_effect(call.namespace, effect)
         if effect:
             self._note_bypass(effect, 0)
         elif is_trial:
@@ -527,11 +533,64 @@ class Cache:
         if own and is_settled:
             # Also where a plain value may be the batch size: one row more settles that.
             self._leave_witness(call, computed[0])
-        whole = _Answer(results.rounded(tree, self.options.cache_dtype)) if is_as_given else None
+        is_whole = is_as_given and results.returns_as_given
+        whole = _Answer(results.rounded(tree, self.options.cache_dtype)) if is_whole else None
         if not reason and whole is None:
             # What is kept is the queue's and other threads' as well; the caller gets bytes of its own.
             computed = [Found(item.positions, item.layout, item.data.copy()) for item in computed]
         return _Computed([*computed, *found_again], [] if reason else rows, whole)
+
+    def _follow_length(
+        self, call: _Call, positions: Sequence[int], tree: Tree, results: PaddedResults
+    ) -> PaddedResults | str:
+        """Find out which dimensions of a padded batch's result follow its length, or why the call cannot be cached.
+
+        The first time, the shortest of its rows is computed once more with another padding, to see what changes.
+        """
+        form = call.namespace + digest_parts([str(([leaf.dim() for leaf in tree.leaves], tree.paths)).encode()])
+        followed = self._followed.get(form)
+        if followed is not None:
+            return results.following(followed)
+        assert isinstance(call.batch, PaddedBatch)
+        row = min(range(len(positions)), key=results.spans.length)
+        found = self._compute_with_other_padding(call, positions[row], results.spans.width)
+        if found is None:
+            return "other_length_failed"
+        other, other_results = found
+        followed = follow_length(tree, results.spans.width, other, other_results.spans.width)
+        if followed is None:
+            self._condemn(call)
+            return "rows_depend_on_batch"
+        results, other_results = results.following(followed), other_results.following(followed)
+        if self.options.check_rows and other_results.spans.length(0) == results.spans.length(row):
+            parts, _ = results.take_apart(tree, len(results.spans.starts), self.options.cache_dtype, self._known)
+            (again,), _ = other_results.take_apart(other, 1, self.options.cache_dtype, self._known)
+            tensors = [*call.batch.tensors, *self._identity.parameters(), *tree.leaves]
+            apart = self._distance(call, again, row, parts)
+            if apart is not None and apart > tolerance(tensors, self.options.cache_dtype):
+                self._condemn(call)
+                return "rows_depend_on_batch"
+        self._followed[form] = followed
+        if len(self._followed) > _MOST_FORMS:
+            self._followed.pop(next(iter(self._followed)))
+        return results
+
+    def _compute_with_other_padding(self, call: _Call, position: int, width: int) -> tuple[Tree, PaddedResults] | None:
+        """Compute a row by itself: as long as it is, or where that is ``width``, with one position more or less."""
+        assert isinstance(call.batch, PaddedBatch)
+        length = call.batch.spans.length(position)
+        failure: Exception | None = None
+        for other_width in (length,) if length < width else (width + 1, width - 1):
+            try:
+                args, kwargs, results = call.batch.alone(position, other_width)
+                with torch.no_grad():
+                    tree = results.flatten(call.function(*args, **kwargs))
+            except Exception as error:  # noqa: BLE001 - whatever a foreign forward raises for another length
+                failure = error
+                continue
+            return tree, results
+        self._note_fault("other_length_failed", f"a row could not be computed with another padding ({failure!r})")
+        return None
 
     def _give_back(self, reason: str, call: _Call, output: object) -> _Answer:
         """Answer with ``output``, the whole call's result that cannot be cached; None: compute it."""
@@ -580,7 +639,7 @@ class Cache:
             key = call.namespace + digest_parts([layout.structure])
             sizes = self._sizes_of_plain.setdefault(key, set())
             sizes.add(n_forwarded)
-            if len(self._sizes_of_plain) > _MOST_PLAIN:
+            if len(self._sizes_of_plain) > _MOST_FORMS:
                 self._sizes_of_plain.pop(next(iter(self._sizes_of_plain)))
             if n_forwarded in numbers and len(sizes) < 2:
                 return "plain_value_may_be_batch_size"
@@ -898,13 +957,8 @@ class Cache:
         if signature is None:
             # The base's forward, called past the decorated one, gives other results for the same input.
             label = "" if plain is unwrap(self._target.function) else getattr(plain, "__qualname__", "")
-            signature = CallSignature(
-                plain,
-                is_method=hasattr(function, "__self__"),
-                label=label,
-                unbatched=self.options.unbatched,
-                batch_dim=self.options.batch_dim,
-            )
+            is_method = hasattr(function, "__self__")
+            signature = CallSignature.of_options(plain, self.options, is_method=is_method, label=label)
             self._signatures[plain] = signature
         return signature
 

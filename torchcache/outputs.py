@@ -42,7 +42,8 @@ def take_apart(tree: Tree, n: int, cache_dtype: torch.dtype | None, known: Known
     """Copy a module's result into rows of bytes that belong to the cache.
 
     Args:
-        tree: What the module returned for ``n`` samples; ``unsupported_leaf`` has nothing against it.
+        tree: What the module returned for ``n`` samples; ``unsupported_leaf`` and ``check_leaves`` have nothing
+            against it.
         n: Number of samples.
         cache_dtype: Store floating values in it.
         known: Learns the classes of the result.
@@ -55,7 +56,6 @@ def take_apart(tree: Tree, n: int, cache_dtype: torch.dtype | None, known: Known
         UncacheableError: If the result is not made of tensors with the batch in front and plain values.
     """
     encoded = tree.encode()
-    _check_leaves(tree, n)
     stored = [stored_form(tensor, cache_dtype) for tensor in tree.leaves]
     layout = Layout(tuple([leaf for leaf, _, _ in stored]), encoded)
     rows = empty_rows(n, layout.nbytes)
@@ -94,7 +94,7 @@ def put_together(
     """
     if not layout.structure:
         return put_leaf(layout.leaves[0], data, devices[0])
-    node = known.decode(layout.structure, lambda _: _stand_ins(layout))
+    node = known.decode(layout.structure, lambda _: stand_ins(layout))
     if node is None:
         raise CorruptRecordError("the result is of classes this process does not know")
     leaves = []
@@ -143,7 +143,7 @@ def is_known(layout: Layout, known: KnownClasses) -> bool:
         return False
     if not layout.structure:
         return len(layout.leaves) == 1
-    node = known.decode(layout.structure, lambda _: _stand_ins(layout))
+    node = known.decode(layout.structure, lambda _: stand_ins(layout))
     # Counted here too: what is remembered was tried with the leaves of another layout.
     return node is not None and node.n_leaves == len(layout.leaves) and known.is_certain(node)
 
@@ -188,7 +188,7 @@ def plain_numbers(layout: Layout, known: KnownClasses) -> frozenset[int]:
     """Return the ints among the plain values of a known layout: one may be the batch's size."""
     if not layout.structure:
         return frozenset()
-    node = known.decode(layout.structure, lambda _: _stand_ins(layout))
+    node = known.decode(layout.structure, lambda _: stand_ins(layout))
     return frozenset() if node is None else frozenset(node.numbers())
 
 
@@ -196,8 +196,10 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _check_leaves(tree: Tree, n: int) -> None:
-    """Raise unless there are leaves, not too many, and each has ``n`` rows."""
+def check_leaves(tree: Tree, n: int, batch_dim: int = 0) -> None:
+    """Raise unless a tree can be kept, and has leaves, not too many, each with ``n`` rows along ``batch_dim``."""
+    if tree.problem is not None:
+        raise UncacheableError(tree.problem)
     if not tree.leaves:
         raise UncacheableError(
             f"the cached call returned {type(tree.build(())).__qualname__}, not a tensor nor anything with a tensor in "
@@ -210,11 +212,11 @@ def _check_leaves(tree: Tree, n: int) -> None:
             "those of one shape along a dimension behind the batch"
         )
     for tensor, path in zip(tree.leaves, tree.paths, strict=True):
-        if tensor.dim() == 0 or tensor.shape[0] != n:
+        if tensor.dim() <= batch_dim or tensor.shape[batch_dim] != n:
             at, what = ("", "the result") if path == "output" else (f" at {path}", "every tensor in the result")
             raise UncacheableError(
-                f"the cached call returned shape {tuple(tensor.shape)}{at} for a batch of {n}; dimension 0 of "
-                f"{what} must be the batch, one row a sample"
+                f"the cached call returned shape {tuple(tensor.shape)}{at} for a batch of {n}; dimension {batch_dim} "
+                f"of {what} must be the batch, one row a sample"
             )
 
 
@@ -278,6 +280,6 @@ def put_leaf(leaf: Leaf, data: Bytes2D | torch.Tensor, device: torch.device) -> 
     return tensor.to(device=device, dtype=_DTYPES[leaf.output_dtype])
 
 
-def _stand_ins(layout: Layout) -> list[torch.Tensor]:
+def stand_ins(layout: Layout) -> list[torch.Tensor]:
     """Make leaves of one row, never written nor read, to try a structure with."""
     return [torch.empty((1, *leaf.shape), dtype=_DTYPES[leaf.output_dtype], device="cpu") for leaf in layout.leaves]

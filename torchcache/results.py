@@ -8,7 +8,6 @@ from dataclasses import replace
 import torch
 
 from torchcache import outputs
-from torchcache.errors import UncacheableError
 from torchcache.layout import Bytes2D, Found, Layout, empty_rows
 from torchcache.structure import KnownClasses, Tree
 from torchcache.tensors import unsupported_kind
@@ -17,7 +16,13 @@ _CPU = torch.device("cpu")
 
 
 class Results:
-    """Results with one row a sample along dimension ``batch_dim`` of every tensor."""
+    """Results with one row a sample along dimension ``batch_dim`` of every tensor.
+
+    Attributes:
+        returns_as_given: Whether the caller gets what the module returned where all rows were computed.
+    """
+
+    returns_as_given = True
 
     def __init__(self, batch_dim: int = 0) -> None:
         self._batch_dim = batch_dim
@@ -46,13 +51,7 @@ class Results:
         Raises:
             UncacheableError: If the result is not made of tensors with a row a sample and plain values.
         """
-        dim = self._batch_dim
-        for leaf in self._as_given(tree).leaves if dim else ():
-            if leaf.dim() <= dim or leaf.shape[dim] != n:
-                raise UncacheableError(
-                    f"the cached call returned shape {tuple(leaf.shape)} for a batch of {n}; dimension {dim}, which is "
-                    "batch_dim, of every tensor in the result must be the batch, one row a sample"
-                )
+        outputs.check_leaves(self._as_given(tree), n, self._batch_dim)
         layout, data, overflowed = outputs.take_apart(tree, n, cache_dtype, known)
         return [Found(range(n), layout, data)], overflowed
 
@@ -87,7 +86,7 @@ class Results:
             data = empty_rows(n, layout.nbytes)
             for item in found:
                 data[item.positions] = outputs.reform(item.layout, item.data, layout)
-        return self._put_together(layout, data, devices, known)
+        return self._put_back(outputs.put_together(layout, data, devices, known))
 
     def is_known(self, layout: Layout, known: KnownClasses) -> bool:
         """Tell whether this process can rebuild a layout that came from a store."""
@@ -106,10 +105,8 @@ class Results:
         devices = [_CPU] * len(layout.leaves)
         return list(outputs.flatten(outputs.put_together(layout, data, devices, known)).leaves)
 
-    def _put_together(
-        self, layout: Layout, data: Bytes2D | torch.Tensor, devices: Sequence[torch.device], known: KnownClasses
-    ) -> object:
-        result = outputs.put_together(layout, data, devices, known)
+    def _put_back(self, result: object) -> object:
+        """Return a result with the batch where the module has it."""
         if not self._batch_dim:
             return result
         tree = self._as_given(outputs.flatten(result))

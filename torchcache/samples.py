@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from torchcache.call_results import CallResults
 from torchcache.errors import ConfigError, UncacheableError
 from torchcache.keys.digest import combine, digest_parts
 from torchcache.keys.values import encode_plain
+from torchcache.options import CacheOptions
+from torchcache.padding import PaddedResults, PaddedTensors, Spans
 from torchcache.results import Results
 from torchcache.tensors import unsupported_kind
 
@@ -28,9 +32,10 @@ class CallSignature:
         label: Enters the digest of every sample.
         unbatched: Names of arguments that all samples share, although they are or hold tensors.
         batch_dim: The dimension of tensors that samples lie along; None if a call is one sample.
+        padded: Names of tensors that are padded, each with that of its mask, which is one for all.
 
     Raises:
-        ConfigError: If ``unbatched`` names no parameter.
+        ConfigError: If ``unbatched`` or ``padded`` names no parameter.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class CallSignature:
         label: str,
         unbatched: Sequence[str] = (),
         batch_dim: int | None = 0,
+        padded: Mapping[str, str] | None = None,
     ) -> None:
         self._label = (f"{label} along {batch_dim}" if batch_dim else label).encode()
         self._batch_dim = batch_dim
@@ -60,14 +66,34 @@ class CallSignature:
             *by_kind.get(inspect.Parameter.POSITIONAL_OR_KEYWORD, ()), *by_kind.get(inspect.Parameter.KEYWORD_ONLY, ()),
         })  # fmt: skip
         self._unbatched = frozenset(unbatched)
+        padded = padded or {}
+        self._padded = frozenset({*padded, *padded.values()})
+        self._mask = next(iter(padded.values()), None)
         if inspect.Parameter.VAR_KEYWORD not in by_kind:
-            _check_names("unbatched", unbatched, [p.name for p in parameters])
+            names = [p.name for p in parameters]
+            _check_names("unbatched", unbatched, names)
+            # A tensor in a container is named with its way: batch['input_ids'].
+            _check_names("padded", (re.split(r"[\[.]", name)[0] for name in (*padded, *padded.values())), names)
         # A default that is not plain is part of the code and counts there.
         self._defaults = {
             p.name: encoded
             for p in parameters
             if p.default is not p.empty and (encoded := encode_plain(p.default)) is not None
         }
+
+    @classmethod
+    def of_options(
+        cls, function: Callable[..., object], options: CacheOptions, *, is_method: bool, label: str = ""
+    ) -> CallSignature:
+        """Make one for what options say of a function's arguments."""
+        return cls(
+            function,
+            is_method=is_method,
+            label=label,
+            unbatched=options.unbatched,
+            batch_dim=options.batch_dim,
+            padded=dict(options.padded),
+        )
 
     def split(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Batch:
         """Name the arguments of a call and find its samples.
@@ -90,8 +116,37 @@ class CallSignature:
             # One that only **kwargs takes may be called like an argument that is given by position.
             name = f"**{key}" if key in self._positional_only or "[" in key else key
             self._sort_argument(name, key, value, arguments, plain)
-        kind = Call if self._batch_dim is None else Batch
-        return kind(args, kwargs, arguments, plain, self._results)
+        if self._batch_dim is None:
+            return Call(args, kwargs, arguments, plain, self._results)
+        if self._mask is not None and not any(unsupported_kind(t.tensor) for a in arguments for t in a.tensors()):
+            return self._split_padded(args, kwargs, arguments, plain)
+        return Batch(args, kwargs, arguments, plain, self._results)
+
+    def _split_padded(
+        self,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        arguments: Sequence[Argument],
+        plain: Mapping[str, bytes],
+    ) -> Batch:
+        assert self._batch_dim is not None
+        leaves = {leaf.name: leaf for a in arguments if not a.is_shared for leaf in a.tensors()}
+        named = self._padded & leaves.keys()
+        if not named:
+            return Batch(args, kwargs, arguments, plain, self._results)
+        mask = leaves.get(self._mask or "")
+        if mask is None:
+            raise UncacheableError(
+                f"argument {min(named)!r} is padded, and the call has no tensor {self._mask!r}, which is its mask; "
+                "pass one, of ones where nothing is padded",
+                argument=self._mask,
+            )
+        spans = Spans.of_mask(mask)
+        padded = [
+            replace(a, leaves=[_padded(leaf, spans) if leaf.name in named else leaf for leaf in a.leaves])
+            for a in arguments
+        ]
+        return PaddedBatch(args, kwargs, padded, plain, self._batch_dim, spans)
 
     def _sort_argument(
         self, name: str, place: int | str, value: object, arguments: list[Argument], plain: dict[str, bytes]
@@ -165,6 +220,10 @@ def _batch_size(arguments: Sequence[Argument]) -> int:
             argument=other,
         )
     return sizes[leaves[0].name]
+
+
+def _padded(leaf: Tensors, spans: Spans) -> PaddedTensors:
+    return PaddedTensors(leaf.name, leaf.tensor, leaf.batch_dim, spans)
 
 
 def _batch_dim_of(leaves: Sequence[Tensors | Texts]) -> int:
@@ -253,26 +312,74 @@ class Batch:
 
     def select(
         self, positions: Sequence[int], extra: tuple[Any, ...] | None = None
-    ) -> tuple[tuple[object, ...], dict[str, object]]:
-        """Return the arguments of a call that has the samples at ``positions`` only.
+    ) -> tuple[tuple[object, ...], dict[str, object], Results]:
+        """Return the arguments of a call that has the samples at ``positions`` only, and the form of its results.
 
         Args:
             positions: In the order wanted.
             extra: What ``row`` returned for another call of the same signature: one sample more, at the end.
         """
-        args, kwargs = list(self._args), dict(self._kwargs)
         first, last = positions[0], positions[-1]
         is_range = last - first == len(positions) - 1 and all(p == first + i for i, p in enumerate(positions))
-        more = iter(extra if extra is not None else [None] * len(self._leaves))
+        more = extra if extra is not None else [None] * len(self._leaves)
+        rows = [leaf.select(positions, one, is_range=is_range) for leaf, one in zip(self._leaves, more, strict=True)]
+        return (*self._with_leaves(rows), self.results)
+
+    def _with_leaves(self, values: Iterable[object]) -> tuple[tuple[object, ...], dict[str, object]]:
+        """Return the arguments with other tensors and texts in them, in the order of ``_leaves``."""
+        args, kwargs, rest = list(self._args), dict(self._kwargs), iter(values)
         for argument in self._arguments:
             if argument.is_shared:
                 continue
-            rows = [leaf.select(positions, next(more), is_range=is_range) for leaf in argument.leaves]
+            value = argument.with_leaves([next(rest) for _ in argument.leaves])
             if isinstance(argument.place, int):
-                args[argument.place] = argument.with_leaves(rows)
+                args[argument.place] = value
             else:
-                kwargs[argument.place] = argument.with_leaves(rows)
+                kwargs[argument.place] = value
         return tuple(args), kwargs
+
+
+class PaddedBatch(Batch):
+    """One call whose samples are sequences, padded to one length."""
+
+    __slots__ = ("_batch_dim", "spans")
+
+    def __init__(
+        self,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        arguments: Sequence[Argument],
+        plain: Mapping[str, bytes],
+        batch_dim: int,
+        spans: Spans,
+    ) -> None:
+        super().__init__(args, kwargs, arguments, plain, PaddedResults(batch_dim, spans))
+        self._batch_dim = batch_dim
+        self.spans = spans
+
+    def bypass_reason(self) -> str | None:
+        return super().bypass_reason() or ("fully_masked_row" if self.spans.are_empty_somewhere else None)
+
+    def select(
+        self, positions: Sequence[int], extra: tuple[Any, ...] | None = None
+    ) -> tuple[tuple[object, ...], dict[str, object], PaddedResults]:
+        args, kwargs, _ = super().select(positions, extra)
+        lengths = [
+            row.shape[leaf.length_dim]
+            for leaf, row in zip(self._leaves, extra or (), strict=False)
+            if isinstance(leaf, PaddedTensors)
+        ]
+        spans = self.spans.select(positions, lengths[0] if lengths else None)
+        return args, kwargs, PaddedResults(self._batch_dim, spans)
+
+    def alone(self, position: int, width: int) -> tuple[tuple[object, ...], dict[str, object], PaddedResults]:
+        """Return the arguments of a call that has one sample only, padded or cut to ``width`` positions."""
+        rows = [leaf.select([position], None, is_range=True) for leaf in self._leaves]
+        rows = [
+            leaf.widen(row, width) if isinstance(leaf, PaddedTensors) else row
+            for leaf, row in zip(self._leaves, rows, strict=True)
+        ]
+        return (*self._with_leaves(rows), PaddedResults(self._batch_dim, self.spans.alone(position, width)))
 
 
 class Call(Batch):
@@ -300,5 +407,5 @@ class Call(Batch):
         self,
         positions: Sequence[int],  # noqa: ARG002 - as of Batch
         extra: tuple[Any, ...] | None = None,  # noqa: ARG002
-    ) -> tuple[tuple[object, ...], dict[str, object]]:
-        return self._args, dict(self._kwargs)
+    ) -> tuple[tuple[object, ...], dict[str, object], Results]:
+        return self._args, dict(self._kwargs), self.results
