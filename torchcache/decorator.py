@@ -116,7 +116,7 @@ def _prepare(options: CacheOptions, function: Callable[..., Any], *, is_method: 
     options.check_combinations()
     if options.unbatched:
         CallSignature(function, is_method=is_method, label="", unbatched=options.unbatched)
-    if options.enabled and options.persistent and options.persistent_cache_dir is None:
+    if options.enabled and options.writes and options.persistent and options.persistent_cache_dir is None:
         temporary.reserve()
 
 
