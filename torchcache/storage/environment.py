@@ -85,21 +85,25 @@ class Environment:
         self._access = directory.access
         self.name = name
         self.path = directory.path / name
-        self._budget = budget
+        self._size_for(budget)
         self._lock = process.ForkLock(on_broken=self._forsake)  # guards opening
         self._handles: Handles | None = None
         self._is_forsaken = False  # inherited through a fork that did not come to rest
         self._retry_at = 0.0
         self._failure: StoreError | None = None
         self._checked_at = 0.0
-        self._map_bytes = max(_LEAST_MAP_BYTES, 1 << (4 * budget - 1).bit_length())
         process.listen_to_forks(self)
 
-    def make_writable(self, directory: CacheDirectory) -> None:
+    def _size_for(self, budget: int) -> None:
+        self._budget = budget
+        self._map_bytes = max(_LEAST_MAP_BYTES, 1 << (4 * budget - 1).bit_length())
+
+    def make_writable(self, directory: CacheDirectory, budget: int) -> None:
         """Open it for writing from now on; stores that read go on with the same handle."""
         with self._lock.raw:
             if self._access.is_read_only:
                 self.directory, self._access = directory, directory.access
+                self._size_for(budget)
 
     def reading(self) -> _Reading:
         """Be inside one read transaction whose values are views that end with it.
@@ -437,7 +441,7 @@ def shared_environment(directory: CacheDirectory, name: str, budget: int) -> Env
         if key not in _environments:
             _environments[key] = Environment(directory, name, budget)
         elif not directory.access.is_read_only:
-            _environments[key].make_writable(directory)
+            _environments[key].make_writable(directory, budget)
         return _environments[key]
 
 
