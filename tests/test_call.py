@@ -1725,7 +1725,7 @@ def test_without_memory_for_a_copy_the_result_is_computed(monkeypatch, known_row
     def fails(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr("torchcache.cache.take_apart", fails)
+    monkeypatch.setattr("torchcache.outputs.take_apart", fails)
     assert torch.allclose(module(x), expected)
     assert cache_of(module).stats().bypasses == {"out_of_memory": 1}
 
@@ -1738,6 +1738,6 @@ def test_without_memory_for_the_hits_the_result_is_computed(monkeypatch):
     def fails(*arguments):
         raise MemoryError
 
-    monkeypatch.setattr("torchcache.cache.put_together", fails)
+    monkeypatch.setattr("torchcache.outputs.put_together", fails)
     assert torch.allclose(module(x), expected)
     assert cache_of(module).stats().bypasses == {"out_of_memory": 1}

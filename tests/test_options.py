@@ -33,7 +33,9 @@ OTHER = {
     "zstd_compression": True,
     "zstd_compression_level": 9,
     "version": "2",
+    "batch_dim": 1,
     "unbatched": ("x",),
+    "padded": {"x": "x"},
     "eviction": "none",
     "min_free_disk": "5GB",
     "shared": "group",
@@ -121,7 +123,7 @@ def test_exactly_the_options_that_shape_the_key_change_the_module_hash(name):
 
 def test_what_is_stored_otherwise_shapes_the_key():
     shaping = {f.name for f in fields(CacheOptions) if f.metadata["shapes_key"]}
-    assert shaping == {"cache_dtype", "zstd_compression", "version"}
+    assert shaping == {"batch_dim", "cache_dtype", "padded", "zstd_compression", "version"}
 
 
 # -- names ----------

@@ -134,7 +134,7 @@ def round_trip(value, known=None):
     structure = tree.encode()
     if known is None:
         known = known_from(value)
-    node = known.decode(structure, lambda: [Leaf() for _ in tree.leaves])
+    node = known.decode(structure, lambda _: [Leaf() for _ in tree.leaves])
     assert node is not None
     return node.build(iter(tree.leaves))
 
@@ -229,7 +229,7 @@ def test_containers_are_made_anew_each_time():
     leaf = Leaf()
     value = [{"a": [leaf, 1]}, Bag([leaf], ["context"])]
     tree = tree_of(value)
-    node = KnownClasses().decode(tree.encode(), lambda: [Leaf(), Leaf()])
+    node = KnownClasses().decode(tree.encode(), lambda _: [Leaf(), Leaf()])
     a, b = (node.build(iter(tree.leaves)) for _ in range(2))
     assert a is not b
     assert a[0] is not b[0]
@@ -314,7 +314,7 @@ def test_what_torch_itself_registers_comes_back():
 
 def test_numbers_are_those_of_plain_values():
     value = {7: [Leaf(), 1, True, 2.0, Level.LOW, (2,)], "b": torch.Size([3, 4]), "c": Bag([5], (6, "8"))}
-    node = known_from(value).decode(tree_of(value).encode(), lambda: [Leaf()])
+    node = known_from(value).decode(tree_of(value).encode(), lambda _: [Leaf()])
     assert sorted(node.numbers()) == [1, 2, 3, 4, 5, 6]
 
 
@@ -369,10 +369,9 @@ def test_what_cannot_be_kept_is_named_with_its_place(value, path, reason):
     assert "return " in message or "use " in message
 
 
-def test_a_result_without_a_tensor_is_refused():
-    for value, name in ((None, "NoneType"), (3, "int"), ([1, {"a": ()}], "list"), (object(), "object")):
-        with pytest.raises(UncacheableError, match=f"returned {name}, not a tensor"):
-            tree_of(value).encode()
+def test_an_object_of_a_strange_class_is_refused():
+    with pytest.raises(UncacheableError, match="returned object, not a tensor"):
+        tree_of(object()).encode()
 
 
 def test_what_is_refused_is_built_as_the_object_itself():
@@ -413,9 +412,9 @@ def test_a_structure_leaves_room_for_the_rest_of_a_records_header():
 def test_a_class_is_unknown_until_a_result_teaches_it(value):
     structure = tree_of(value).encode()
     known = KnownClasses()
-    assert known.decode(structure, lambda: [Leaf()]) is None
+    assert known.decode(structure, lambda _: [Leaf()]) is None
     known.learn_from(tree_of(value))
-    assert known.decode(structure, lambda: [Leaf()]) is not None
+    assert known.decode(structure, lambda _: [Leaf()]) is not None
 
 
 def test_classes_may_be_known_from_the_start():
@@ -483,7 +482,7 @@ def color_without_red():
 )
 def test_a_class_that_has_changed_is_unknown(value, changed):
     structure = tree_of(value).encode()
-    assert KnownClasses([changed()]).decode(structure, lambda: [Leaf()]) is None
+    assert KnownClasses([changed()]).decode(structure, lambda _: [Leaf()]) is None
 
 
 def test_two_classes_of_one_name_are_doubtful(caplog):
@@ -496,16 +495,16 @@ def test_two_classes_of_one_name_are_doubtful(caplog):
     value, other = make()(Leaf()), make()(Leaf())
     known = known_from(value)
     structure = tree_of(value).encode()
-    assert known.is_certain(known.decode(structure, lambda: [Leaf()]))
+    assert known.is_certain(known.decode(structure, lambda _: [Leaf()]))
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             known.learn_from(tree_of(other))
-    node = known.decode(structure, lambda: [Leaf()])
+    node = known.decode(structure, lambda _: [Leaf()])
     assert type(node.build(iter([Leaf()]))) is type(other)
     assert not known.is_certain(node)
     assert len(caplog.records) == 1
     assert "define the class once" in caplog.text
-    plain = known.decode(tree_of([Leaf()]).encode(), lambda: [Leaf()])
+    plain = known.decode(tree_of([Leaf()]).encode(), lambda _: [Leaf()])
     assert known.is_certain(plain)
 
 
@@ -513,7 +512,7 @@ def test_a_structure_is_tried_once_and_remembered():
     value = [Leaf(), 1]
     structure, tries = tree_of(value).encode(), []
 
-    def stand_ins():
+    def stand_ins(_):
         tries.append(1)
         return [Leaf()]
 
@@ -525,7 +524,7 @@ def test_a_structure_is_tried_once_and_remembered():
 def test_remembered_structures_are_bounded():
     known = KnownClasses()
     for i in range(1000):
-        assert known.decode(tree_of([Leaf(), i]).encode(), lambda: [Leaf()]) is not None
+        assert known.decode(tree_of([Leaf(), i]).encode(), lambda _: [Leaf()]) is not None
     assert len(known._decoded) < 300
 
 
@@ -536,7 +535,7 @@ def test_threads_may_learn_and_decode_at_once():
     def work(number):
         for i in range(200):
             known.learn(type(f"New{number}_{i}", (), {}))
-            if known.decode(structure, lambda: [Leaf()]) is None:
+            if known.decode(structure, lambda _: [Leaf()]) is None:
                 failures.append(i)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
@@ -554,7 +553,7 @@ KNOWN = KnownClasses([Pair, Box, Sealed, Color, Level, Access])
 
 def decode_hostile(structure):
     """Decode with one leaf; whatever the bytes are, nothing is raised and what comes back can be built."""
-    node = KNOWN.decode(structure, lambda: [Leaf()])
+    node = KNOWN.decode(structure, lambda _: [Leaf()])
     if node is not None:
         node.build(iter([Leaf()]))
         list(node.numbers())

@@ -1,4 +1,4 @@
-"""The arguments of a call that hold its samples: tensors and texts, alone or in containers."""
+"""The arguments of a call that are not plain: tensors, arrays and texts, alone or in containers."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from torchcache.errors import UncacheableError
 from torchcache.keys.digest import digest_bytes, digest_parts, digest_rows
-from torchcache.keys.values import encode_plain
+from torchcache.keys.values import encode_array, encode_plain
 from torchcache.structure import Tree, class_name, flatten
 from torchcache.tensors import flat_bytes, unsupported_kind
 
@@ -23,20 +24,23 @@ _WHAT = (
 
 
 class Tensors:
-    """A tensor whose dimension 0 is the batch: an argument, or one in a container."""
+    """A tensor: an argument, or one in a container. ``batch_dim`` is the dimension its samples lie along."""
 
-    __slots__ = ("name", "tensor")
+    __slots__ = ("batch_dim", "name", "tensor")
 
-    def __init__(self, name: str, tensor: torch.Tensor) -> None:
+    def __init__(self, name: str, tensor: torch.Tensor, batch_dim: int = 0) -> None:
         self.name = name
         self.tensor = tensor
+        self.batch_dim = batch_dim
 
     def describe(self) -> tuple[str, bytes]:
         """Return name and form of its rows."""
-        return f"tensor {self.name}", f"{self.tensor.dtype} {tuple(self.tensor.shape[1:])}".encode()
+        shape = tuple(self.tensor.shape)
+        row_shape = shape[: self.batch_dim] + shape[self.batch_dim + 1 :]
+        return f"tensor {self.name}", f"{self.tensor.dtype} {row_shape}".encode()
 
     def digests(self, n: int) -> list[bytes]:
-        return digest_rows(flat_bytes(self.tensor), n)
+        return digest_rows(flat_bytes(self.tensor.movedim(self.batch_dim, 0) if self.batch_dim else self.tensor), n)
 
     def encode(self) -> bytes:
         """Return the bytes of all of it, for one that all samples share."""
@@ -51,16 +55,16 @@ class Tensors:
         return digest_parts([form, digest_bytes(flat_bytes(self.tensor))])
 
     def row(self, position: int) -> torch.Tensor:
-        return self.tensor.detach()[position : position + 1].clone()
+        return self.tensor.detach().narrow(self.batch_dim, position, 1).clone()
 
     def select(self, positions: Sequence[int], extra: torch.Tensor | None, *, is_range: bool) -> torch.Tensor:
-        tensor = self.tensor.detach()
+        tensor, dim = self.tensor.detach(), self.batch_dim
         rows = (
-            tensor[positions[0] : positions[-1] + 1]
+            tensor.narrow(dim, positions[0], len(positions))
             if is_range
-            else tensor.index_select(0, torch.tensor(positions, dtype=torch.int64, device=tensor.device))
+            else tensor.index_select(dim, torch.tensor(positions, dtype=torch.int64, device=tensor.device))
         )
-        return rows if extra is None else torch.cat([rows, extra.to(tensor.device)])
+        return rows if extra is None else torch.cat([rows, extra.to(tensor.device)], dim)
 
 
 class Texts:
@@ -88,9 +92,22 @@ class Texts:
         return [self.texts[position] for position in positions] + (extra or [])
 
 
+class Array:
+    """A NumPy array that all samples share."""
+
+    __slots__ = ("array", "name")
+
+    def __init__(self, name: str, array: np.ndarray[Any, Any]) -> None:
+        self.name = name
+        self.array = array
+
+    def encode(self) -> bytes:
+        return encode_array(self.array)
+
+
 @dataclass(frozen=True, slots=True)
 class Argument:
-    """An argument that holds tensors or texts.
+    """An argument that holds tensors, texts or, where all samples share it, arrays.
 
     Attributes:
         name: Of the parameter.
@@ -98,15 +115,29 @@ class Argument:
         leaves: What it holds.
         tree: The container they hang in; None for a lone leaf.
         wrap: The class to be made of what ``tree`` builds, for a ``UserDict``.
+        form: What tells its container from others with the same leaves; empty for a lone leaf.
         is_shared: Whether all samples share it.
     """
 
     name: str
     place: int | str
-    leaves: Sequence[Tensors | Texts]
+    leaves: Sequence[Any]  # Tensors, Texts or Array
     tree: Tree | None = None
     wrap: type[UserDict[Any, Any]] | None = None
+    form: bytes = b""
     is_shared: bool = False
+
+    def tensors(self) -> list[Tensors]:
+        """Return those of its leaves that are tensors."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Tensors)]
+
+    def encode(self) -> bytes:
+        """Return what all samples share of it: the form of its container, and all of it if it is shared."""
+        return (
+            digest_parts([b"unbatched", self.form, *(leaf.encode() for leaf in self.leaves)])
+            if self.is_shared
+            else self.form
+        )
 
     def with_leaves(self, leaves: Iterable[object]) -> object:
         """Return an argument like this one with other leaves."""
@@ -116,16 +147,20 @@ class Argument:
         return built if self.wrap is None else self.wrap(built)
 
 
-def open_argument(name: str, place: int | str, value: object, *, is_shared: bool) -> tuple[Argument, bytes]:
+def open_argument(name: str, place: int | str, value: object, batch_dim: int | None) -> Argument:
     """Find the tensors and texts in an argument that is not plain.
 
-    Returns:
-        The argument, and what enters the key beside its samples: the form of the container, and all of what is
-        shared; empty for a lone leaf.
+    Args:
+        name: Of the parameter.
+        place: Index into args, or key of kwargs.
+        value: The argument.
+        batch_dim: The dimension of its tensors that samples lie along; None if all samples share it, which may then
+            hold arrays, or plain values alone.
 
     Raises:
-        UncacheableError: If there are none, or something beside them cannot be named.
+        UncacheableError: If there are no samples in it, or something beside them cannot be named.
     """
+    is_shared = batch_dim is None
     wrap, inner = None, value
     if isinstance(value, torch.nn.Module):
         raise UncacheableError(
@@ -136,22 +171,24 @@ def open_argument(name: str, place: int | str, value: object, *, is_shared: bool
     if isinstance(value, UserDict):  # such as transformers' BatchEncoding
         wrap, inner = type(value), dict(value)
         _check_wrap(name, wrap, inner)
-    if type(inner) is list and not inner:
-        return Argument(name, place, [Texts(name, [])]), b""  # a batch without samples
-    tree = flatten(inner, _is_leaf)
-    if tree.problem is not None or not tree.leaves:
+    if type(inner) is list and not inner and not is_shared:
+        return Argument(name, place, [Texts(name, [])])  # a batch without samples
+    tree = flatten(inner, _is_shared_leaf if is_shared else _is_leaf)
+    if tree.problem is not None or not (tree.leaves or is_shared):
         raise UncacheableError(
             f"argument {name!r} of type {type(value).__qualname__} cannot be part of a cache key; pass {_WHAT}",
             argument=name,
         )
-    leaves = [
-        Tensors(path, leaf) if isinstance(leaf, torch.Tensor) else Texts(path, leaf)
-        for leaf, path in zip(tree.leaves, (name + path.removeprefix("output") for path in tree.paths), strict=True)
-    ]
+    paths = [name + path.removeprefix("output") for path in tree.paths]
+    leaves = [_leaf(path, leaf, batch_dim or 0) for leaf, path in zip(tree.leaves, paths, strict=True)]
     form = _form_of(name, tree, wrap)
-    if is_shared:
-        form = digest_parts([b"unbatched", form, *(leaf.encode() for leaf in leaves)])
-    return Argument(name, place, leaves, tree if form else None, wrap, is_shared), form
+    return Argument(name, place, leaves, tree if form else None, wrap, form, is_shared)
+
+
+def _leaf(name: str, value: Any, batch_dim: int) -> Tensors | Texts | Array:  # noqa: ANN401 - told apart here
+    if isinstance(value, torch.Tensor):
+        return Tensors(name, value, batch_dim)
+    return Array(name, value) if isinstance(value, np.ndarray) else Texts(name, value)
 
 
 def _check_wrap(name: str, wrap: type[UserDict[Any, Any]], items: dict[Any, Any]) -> None:
@@ -171,6 +208,10 @@ def _is_leaf(value: object) -> bool:
     return isinstance(value, torch.Tensor) or (type(value) is list and all(map(_is_text, value)) and bool(value))
 
 
+def _is_shared_leaf(value: object) -> bool:
+    return _is_leaf(value) or (isinstance(value, np.ndarray) and not value.dtype.hasobject)
+
+
 def _is_text(value: object) -> bool:
     return type(value) is str or (type(value) is tuple and bool(value) and all(type(part) is str for part in value))
 
@@ -181,7 +222,7 @@ def _form_of(name: str, tree: Tree, wrap: type | None) -> bytes:
         form = tree.encode()
     except UncacheableError as error:
         raise UncacheableError(
-            f"argument {name!r} has too many plain values beside its tensors; pass large values as tensors",
+            f"argument {name!r} has too many plain values; pass large ones as tensors",
             argument=name,
         ) from error
     return form if wrap is None else digest_parts([class_name(wrap).encode(), form])

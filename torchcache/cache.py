@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -32,26 +33,15 @@ from torchcache.identity import Function, Identity, Look, Target
 from torchcache.keys.code import unwrap
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.ranks import collectives_done, is_in_a_job
-from torchcache.layout import Bytes2D, Found, Layout, Rows, empty_rows
+from torchcache.layout import Found, Rows
 from torchcache.log import warn_once
 from torchcache.memory import MemoryTier
 from torchcache.options import CacheOptions
-from torchcache.outputs import (
-    are_alike,
-    detached,
-    devices_of,
-    flatten,
-    is_known,
-    plain_numbers,
-    put_together,
-    reform,
-    rounded,
-    take_apart,
-    unsupported_leaf,
-)
+from torchcache.outputs import detached, unsupported_leaf
+from torchcache.padding import PaddedResults, follow_length
 from torchcache.reasons import remedy_for
 from torchcache.recheck import Verdicts, Witness, largest_row, row_distance, tolerance
-from torchcache.samples import Batch, CallSignature
+from torchcache.samples import Batch, CallSignature, PaddedBatch
 from torchcache.stats import CacheStats, Counters
 from torchcache.storage.access import GROUP, PRIVATE
 from torchcache.storage.contract import Verdict, Written
@@ -65,7 +55,7 @@ from torchcache.storage.writer import (
     WORKER_QUEUE_BYTES,
     writer,
 )
-from torchcache.structure import KnownClasses
+from torchcache.structure import KnownClasses, Tree
 
 R = TypeVar("R")
 
@@ -81,8 +71,8 @@ _REDUCER_WAITS = (
 _MOST_SAMPLES_NAMED = 5
 _MOST_PARTS_NAMED = 16
 
-#: So many forms of plain values beside tensors are watched for batch sizes.
-_MOST_PLAIN = 1024
+#: So many forms of plain values beside tensors are watched for batch sizes, and of results for what follows a length.
+_MOST_FORMS = 1024
 
 _disabled: ContextVar[bool] = ContextVar("torchcache_disabled", default=False)
 _calling = local()  # .active: ids of the targets whose cached call is under way in this thread
@@ -153,13 +143,16 @@ class _Computed:
 
     Attributes:
         found: Their values, at the positions of the batch.
-        shared: What may be kept and given to others; None if nothing.
+        shared: What may be kept and given to others.
         whole: What the caller gets if these are all rows of the call, as they came; None otherwise.
     """
 
     found: list[Found]
-    shared: Rows | None
+    shared: list[Rows]
     whole: _Answer | None
+
+
+_NOTHING = _Computed([], [], None)
 
 
 def call_uncompiled(cache: Cache, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
@@ -191,8 +184,10 @@ class Cache:
         self._flights = Flights()
         self._known = KnownClasses()
         self._sizes_of_plain: dict[bytes, set[int]] = {}  # batch sizes that gave equal plain values
+        self._followed: dict[bytes, Sequence[Sequence[int]]] = {}  # what of padded results is as long as the mask
         self._chance = random.Random(os.urandom(16))  # noqa: S311 - chooses samples; the global one is the user's
         self._devices: tuple[torch.device, ...] = ()  # where the last computed result had its leaves
+        self._last_namespace: tuple[Look | None, bytes, bytes] = (None, b"", b"")
         self._opening = process.ForkLock()  # guards what is made at first use
         self._memory: MemoryTier | None = None
         self._stores: dict[tuple[str, bool], LmdbStore | None] = {}
@@ -282,7 +277,7 @@ class Cache:
             with torch.no_grad():
                 return detached(function(*args, **kwargs))
         signature = batch.signature()
-        namespace = self._namespace_of(look, signature)
+        namespace = self._namespace_of(look, batch.form(signature))
         reason = self._verdict_against(namespace)
         if reason:
             return self._bypass(reason, function, args, kwargs, rows=batch.n)
@@ -297,7 +292,7 @@ class Cache:
             # The store may have brought the verdict of another process.
             if self._verdicts.of(call.namespace) is Verdict.DEPENDENT:
                 return self._go_around("rows_depend_on_batch", call)
-            if not _stack(found):
+            if not batch.results.do_stack(found):
                 return self._go_around("rows_do_not_stack", call)
             if missing and options.mode == "require":
                 raise self._miss(function, args, kwargs, missing=missing)
@@ -328,12 +323,16 @@ class Cache:
             return "rows_depend_on_batch"
         return self._verdicts.effect(namespace)
 
-    def _namespace_of(self, look: Look, signature: bytes) -> bytes:
-        """Name the state and the form of a call: whether rows depend on their batch is a matter of both.
+    def _namespace_of(self, look: Look, form: bytes) -> bytes:
+        """Name the state and the form of a call.
 
         Unchecked rows are kept apart, so that check_rows=False starts afresh where rows were found to depend.
         """
-        return digest_parts([look.namespace, signature, b"checked" if self.options.check_rows else b"unchecked"])
+        last_look, last_form, namespace = self._last_namespace
+        if look is not last_look or form != last_form:
+            namespace = digest_parts([look.namespace, form, b"checked" if self.options.check_rows else b"unchecked"])
+            self._last_namespace = look, form, namespace
+        return namespace
 
     def _look_up(self, call: _Call) -> tuple[list[Found], list[int]]:
         """Ask memory, the write queue and the disk in turn; what the disk gives goes to memory too."""
@@ -343,8 +342,8 @@ class Cache:
             if not missing or call.source is None:
                 break
             # Equal rows are fetched once; the others of their kind are filled in from it.
-            unique = list({digests[p]: p for p in reversed(missing)}.values())
-            more, absent = self._fetch(tier, call, sorted(unique))
+            unique = sorted({digests[p]: p for p in reversed(missing)}.values()) if len(missing) > 1 else missing
+            more, absent = self._fetch(tier, call, unique)
             if not more:
                 continue
             for item in more:
@@ -374,11 +373,13 @@ class Cache:
         except Exception as error:  # noqa: BLE001 - no fault of a tier leaves a cached call
             self.on_fault(error, 0)
             return [], list(positions)
+        is_known = call.batch.results.is_known
         unknown = [item for item in found if not is_known(item.layout, self._known)]
         if unknown:
             found = [item for item in found if is_known(item.layout, self._known)]
             missing = sorted([*missing, *(p for item in unknown for p in item.positions)])
-        self._counters.add(**{f"{tier}_hits": len(wanted) - len(missing)})
+        if found:
+            self._counters.add(**{f"{tier}_hits": len(wanted) - len(missing)})
         if len(positions) == call.batch.n:
             return found, list(missing)
         return (
@@ -415,14 +416,14 @@ class Cache:
         can_wait = len(_calling.active) == 1
         for joins in (can_wait, False):
             flight = Flight(call.namespace)
-            shared: Rows | None = None
+            shared: list[Rows] = []
             try:
                 joined = self._flights.claim(flight, call.rows_at(wanted), joins=joins)
                 own = [p for i, p in enumerate(wanted) if i not in joined]
                 if self._flights.landings != call.landings and self.options.looks_up:
                     landed, own = self._fetch("memory", call, own)
                     computed += landed
-                outcome = self._forward_rows(call, own, doubted, found) if own or doubted else _Computed([], None, None)
+                outcome = self._forward_rows(call, own, doubted, found) if own or doubted else _NOTHING
                 if isinstance(outcome, _Answer):
                     return outcome.result
                 if outcome.whole is not None:
@@ -440,7 +441,7 @@ class Cache:
         found = [part for item in found if (part := _without(item, again)) is not None]
         if len(missing) > len(first):
             computed = _spread(computed, call.digests, sorted({*missing, *again}))[0]
-        if not _stack([*found, *computed]):
+        if not call.batch.results.do_stack([*found, *computed]):
             return self._go_around("rows_do_not_stack", call)
         try:
             return self._assemble([*found, *computed], call.batch)
@@ -456,12 +457,13 @@ class Cache:
         landed: list[Found] = []
         missing: list[int] = []
         for flight, positions in by_flight.values():
-            rows = flight.wait()
-            places = {} if rows is None else {digest: i for i, digest in enumerate(rows.digests)}
-            here = [p for p in positions if call.digests[p] in places]
-            missing += [p for p in positions if call.digests[p] not in places]
-            if rows is not None and here:
-                landed.append(Found(here, rows.layout, rows.data[[places[call.digests[p]] for p in here]]))
+            for rows in flight.wait():
+                places = {digest: i for i, digest in enumerate(rows.digests)}
+                here = [p for p in positions if call.digests[p] in places]
+                positions = [p for p in positions if call.digests[p] not in places]  # noqa: PLW2901 - what is left
+                if here:
+                    landed.append(Found(here, rows.layout, rows.data[[places[call.digests[p]] for p in here]]))
+            missing += positions
         self._counters.add(shared_rows=len(joined) - len(missing))
         return landed, missing
 
@@ -487,12 +489,12 @@ class Cache:
         if witness is not None and witness.row is None:
             positions += witness.cached.positions
         is_as_given = witness is None and (is_trial or len(positions) == call.batch.n == n)
-        args, kwargs = call.args, call.kwargs
+        args, kwargs, results = call.args, call.kwargs, call.batch.results
         failure: Exception | None = None
         output: object = None
         try:
             if not is_as_given:
-                args, kwargs = call.batch.select(positions, None if witness is None else witness.row)
+                args, kwargs, results = call.batch.select(positions, None if witness is None else witness.row)
             with torch.no_grad():
                 output = call.function(*args, **kwargs)
         except Exception as error:
@@ -501,59 +503,119 @@ class Cache:
             failure = error
         if failure is not None:
             return self._without_extras(call, own, doubted, found, failure)
-        tree = flatten(output)
-        kind = unsupported_leaf(tree)
-        if kind is not None:
-            return self._give_back(kind, call, output if is_as_given else None)
-        try:
-            total = call.batch.n if is_trial else n + len(doubted) + (witness is not None)
-            layout, data, overflowed = take_apart(tree, total, self.options.cache_dtype, self._known)
-        except (MemoryError, torch.OutOfMemoryError):
-            return self._give_back("out_of_memory", call, output if is_as_given else None)
-        except UncacheableError as error:
-            if is_as_given:
-                raise
-            return self._without_extras(call, own, doubted, found, error)
-        self._devices = devices_of(tree)
         effect = None
         if _random_state() != random_before:
             effect = "random_numbers"
         elif collectives_done() != talks_before:
             effect = "collectives"  # by code that the walk does not see, such as a library's
         self._verdicts.note_effect(call.namespace, effect)
+        tree = results.flatten(output)
+        kind = unsupported_leaf(tree)
+        if kind is not None:
+            return self._give_back(kind, call, output if is_as_given else None)
+        if isinstance(results, PaddedResults):
+            following = effect or self._follow_length(call, positions, tree, results)
+            if isinstance(following, str):
+                return _Answer(self._go_around(following, call))
+            results = following
+        try:
+            total = call.batch.n if is_trial else n + len(doubted) + (witness is not None)
+            parts, overflowed = results.take_apart(tree, total, self.options.cache_dtype, self._known)
+        except (MemoryError, torch.OutOfMemoryError):
+            return self._give_back("out_of_memory", call, output if is_as_given else None)
+        except UncacheableError as error:
+            if is_as_given:
+                raise
+            return self._without_extras(call, own, doubted, found, error)
+        self._devices = results.devices(tree)
         if effect:
             self._note_bypass(effect, 0)
         elif is_trial:
             self._verdicts.note_alone(call.namespace)
         is_settled = effect is None and not self._identity.has_moved()
-        tensors = [*call.batch.tensors, *self._identity.parameters(), *tree.leaves]
-        if witness is not None and is_settled and not self._agrees(call, witness, layout, data, tensors):
+        leaves = [leaf for leaf in tree.leaves if isinstance(leaf, torch.Tensor)]
+        tensors = [*call.batch.tensors, *self._identity.parameters(), *leaves]
+        if witness is not None and is_settled and not self._agrees(call, witness, total - 1, parts, tensors):
             return _Answer(self._go_around("rows_depend_on_batch", call))
         self._counters.add(misses=n)
         self._note_overflow(overflowed)
         found_again: list[Found] = []
         if is_settled and doubted:
-            again = [Found([p], layout, data[n + i : n + i + 1]) for i, p in enumerate(doubted)]
-            found_again = self._verify(call, again, found, data, tensors)
-        if is_trial and n < total:
-            data = data[own]
-        rows = Rows([call.digests[p] for p in own], layout, data[:n])
+            found_again = self._verify(call, {p: n + i for i, p in enumerate(doubted)}, found, parts, tensors)
+        computed = _at_positions(_rows_at(parts, own if is_trial and n < total else range(n)), own)
+        rows = [Rows([call.digests[p] for p in item.positions], item.layout, item.data) for item in computed]
         reason = effect or self._reason_to_drop(call, rows, total, is_settled=is_settled)
         if reason:
             self._counters.add_to("dropped_rows", reason, n)
             if not self.options.looks_up:
-                self._forget(call, rows.digests)
-        elif own and self.options.looks_up:
-            self._keep(call, rows)
-        elif own:
-            self._replace(call, rows)
+                self._forget(call, [call.digests[p] for p in own])
+        else:
+            for item in rows:
+                if self.options.looks_up:
+                    self._keep(call, item)
+                else:
+                    self._replace(call, item)
         if own and is_settled:
             # Also where a plain value may be the batch size: one row more settles that.
-            self._leave_witness(call, own, rows)
-        whole = _Answer(rounded(tree, self.options.cache_dtype)) if is_as_given else None
-        # What is kept is the queue's and other threads' as well; the caller gets bytes of its own.
-        mine = data[:n] if reason or whole is not None else data[:n].copy()
-        return _Computed([Found(own, layout, mine), *found_again], None if reason else rows, whole)
+            self._leave_witness(call, computed[0])
+        is_whole = is_as_given and results.returns_as_given
+        whole = _Answer(results.rounded(tree, self.options.cache_dtype)) if is_whole else None
+        if not reason and whole is None:
+            # What is kept is the queue's and other threads' as well; the caller gets bytes of its own.
+            computed = [Found(item.positions, item.layout, item.data.copy()) for item in computed]
+        return _Computed([*computed, *found_again], [] if reason else rows, whole)
+
+    def _follow_length(
+        self, call: _Call, positions: Sequence[int], tree: Tree, results: PaddedResults
+    ) -> PaddedResults | str:
+        """Find out which dimensions of a padded batch's result follow its length, or why the call cannot be cached.
+
+        The first time, the shortest of its rows is computed once more with another padding, to see what changes.
+        """
+        form = call.namespace + digest_parts([str(([leaf.dim() for leaf in tree.leaves], tree.paths)).encode()])
+        followed = self._followed.get(form)
+        if followed is not None:
+            return results.following(followed)
+        assert isinstance(call.batch, PaddedBatch)
+        row = min(range(len(positions)), key=results.spans.length)
+        found = self._compute_with_other_padding(call, positions[row], results.spans.width)
+        if found is None:
+            return "other_length_failed"
+        other, other_results = found
+        followed = follow_length(tree, results.spans.width, other, other_results.spans.width)
+        if followed is None:
+            self._condemn(call)
+            return "rows_depend_on_batch"
+        results, other_results = results.following(followed), other_results.following(followed)
+        if self.options.check_rows and other_results.spans.length(0) == results.spans.length(row):
+            parts, _ = results.take_apart(tree, len(results.spans.starts), self.options.cache_dtype, self._known)
+            (again,), _ = other_results.take_apart(other, 1, self.options.cache_dtype, self._known)
+            tensors = [*call.batch.tensors, *self._identity.parameters(), *tree.leaves]
+            apart = self._distance(call, again, row, parts)
+            if apart is not None and apart > tolerance(tensors, self.options.cache_dtype):
+                self._condemn(call)
+                return "rows_depend_on_batch"
+        self._followed[form] = followed
+        if len(self._followed) > _MOST_FORMS:
+            self._followed.pop(next(iter(self._followed)))
+        return results
+
+    def _compute_with_other_padding(self, call: _Call, position: int, width: int) -> tuple[Tree, PaddedResults] | None:
+        """Compute a row by itself: as long as it is, or where that is ``width``, with one position more or less."""
+        assert isinstance(call.batch, PaddedBatch)
+        length = call.batch.spans.length(position)
+        failure: Exception | None = None
+        for other_width in (length,) if length < width else (width + 1, width - 1):
+            try:
+                args, kwargs, results = call.batch.alone(position, other_width)
+                with torch.no_grad():
+                    tree = results.flatten(call.function(*args, **kwargs))
+            except Exception as error:  # noqa: BLE001 - whatever a foreign forward raises for another length
+                failure = error
+                continue
+            return tree, results
+        self._note_fault("other_length_failed", f"a row could not be computed with another padding ({failure!r})")
+        return None
 
     def _give_back(self, reason: str, call: _Call, output: object) -> _Answer:
         """Answer with ``output``, the whole call's result that cannot be cached; None: compute it."""
@@ -568,7 +630,7 @@ class Cache:
         """Go on after another composition of the call's rows failed."""
         if doubted:  # an audit costs nobody a result
             self._note_fault("verify_hits", f"hits could not be computed again ({failure!r})")
-            return self._forward_rows(call, own, [], found) if own else _Computed([], None, None)
+            return self._forward_rows(call, own, [], found) if own else _NOTHING
         return self._answer_whole(call, failure)
 
     def _answer_whole(self, call: _Call, failure: Exception) -> _Answer:
@@ -591,17 +653,18 @@ class Cache:
         self._condemn(call)
         return self._give_back("rows_depend_on_batch", call, result)
 
-    def _reason_to_drop(self, call: _Call, rows: Rows, n_forwarded: int, *, is_settled: bool) -> str | None:
+    def _reason_to_drop(self, call: _Call, rows: list[Rows], n_forwarded: int, *, is_settled: bool) -> str | None:
         """Say why computed rows must not be kept, or None."""
         if not is_settled:
             return "state_moved"
-        numbers = plain_numbers(rows.layout, self._known) if rows.layout.structure else ()
-        if numbers:
+        layout = rows[0].layout if rows else None
+        numbers = call.batch.results.plain_numbers(layout, self._known) if layout and layout.structure else ()
+        if layout and numbers:
             # A plain number that equals the batch size may be the batch size: then it holds for no other batch.
-            key = call.namespace + digest_parts([rows.layout.structure])
+            key = call.namespace + digest_parts([layout.structure])
             sizes = self._sizes_of_plain.setdefault(key, set())
             sizes.add(n_forwarded)
-            if len(self._sizes_of_plain) > _MOST_PLAIN:
+            if len(self._sizes_of_plain) > _MOST_FORMS:
                 self._sizes_of_plain.pop(next(iter(self._sizes_of_plain)))
             if n_forwarded in numbers and len(sizes) < 2:
                 return "plain_value_may_be_batch_size"
@@ -611,7 +674,7 @@ class Cache:
 
     def _find_witness(self, call: _Call, found: Sequence[Found]) -> Witness | None:
         """Return a cached row with which this batch can be checked, if it is still to be checked."""
-        if self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
+        if not call.batch.is_divisible or self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
             return None
         if call.batch.n == 1 and self._verdicts.is_single(call.namespace):
             return None
@@ -623,21 +686,24 @@ class Cache:
             return Witness(None, Found(item.positions[:1], item.layout, item.data[:1]))
         return None
 
-    def _leave_witness(self, call: _Call, own: list[int], rows: Rows) -> None:
-        if not self.options.check_rows or self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
+    def _leave_witness(self, call: _Call, rows: Found) -> None:
+        if not self.options.check_rows or not call.batch.is_divisible:
+            return
+        if self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
             return
         witness, marks = self._verdicts.witness(call.namespace), self._identity.marks()
         if witness is None or witness.marks != marks:
-            row = largest_row(rows.data, rows.layout, self._known)
-            cached = Found([own[row]], rows.layout, rows.data[row : row + 1].copy())
-            self._verdicts.leave(call.namespace, Witness(call.batch.row(own[row]), cached, marks))
+            row = largest_row(rows.data, rows.layout, call.batch.results, self._known)
+            position = rows.positions[row]
+            cached = Found([position], rows.layout, rows.data[row : row + 1].copy())
+            self._verdicts.leave(call.namespace, Witness(call.batch.row(position), cached, marks))
 
     def _agrees(
-        self, call: _Call, witness: Witness, layout: Layout, data: Bytes2D, tensors: Sequence[torch.Tensor]
+        self, call: _Call, witness: Witness, row: int, parts: Sequence[Found], tensors: Sequence[torch.Tensor]
     ) -> bool:
-        """Compare the witness, which is the last row of ``data``, and remember the verdict."""
+        """Compare the witness with what was computed at ``row``, and remember the verdict."""
         allowed = tolerance(tensors, self.options.cache_dtype)
-        apart = row_distance(witness.cached, layout, data[-1:], data, self._known)
+        apart = self._distance(call, witness.cached, row, parts)
         if apart is not None and apart > allowed:
             self._condemn(call)
             return False
@@ -660,24 +726,38 @@ class Cache:
         if call.sink is not None:
             self._do(call.sink, partial(call.sink.judge, call.namespace, verdict))
 
+    def _distance(self, call: _Call, cached: Found, row: int, parts: Sequence[Found]) -> float | None:
+        """Return how far a cached value and what was computed at ``row`` are apart."""
+        part = next(item for item in parts if row in item.positions)
+        i = list(part.positions).index(row)
+        computed = Found([row], part.layout, part.data[i : i + 1])
+        return row_distance(cached, computed, part.data, call.batch.results, self._known)
+
     def _verify(
         self,
         call: _Call,
-        again: Sequence[Found],
+        again: Mapping[int, int],
         found: Sequence[Found],
-        data: Bytes2D,
+        parts: Sequence[Found],
         tensors: Sequence[torch.Tensor],
     ) -> list[Found]:
-        """Compare hits with what they were computed again; what differs is said, counted, replaced, and returned."""
+        """Compare hits with what they were computed again; what differs is said, counted, replaced, and returned.
+
+        Args:
+            call: The call.
+            again: For each position that was computed again, at which row of ``parts``.
+            found: The values that are cached.
+            parts: What was computed.
+            tensors: What took part.
+        """
         differ: list[Found] = []
         allowed = tolerance(tensors, self.options.cache_dtype)
         cached = {
             p: Found([p], item.layout, item.data[i : i + 1]) for item in found for i, p in enumerate(item.positions)
         }
         self._counters.add(verified_rows=len(again))
-        for item in again:
-            (position,) = item.positions
-            apart = row_distance(cached[position], item.layout, item.data, data, self._known)
+        for position, row in again.items():
+            apart = self._distance(call, cached[position], row, parts)
             if apart is None or apart <= allowed:
                 continue
             digest = call.digests[position]
@@ -689,22 +769,17 @@ class Cache:
                 + ("" if self.options.writes else ", in memory only since mode='read'")
                 + ". Look at explain() for what the key misses",
             )
+            (item,) = _at_positions(_rows_at(parts, [row]), [position])
             self._replace(call, Rows([digest], item.layout, item.data.copy()))
             differ.append(item)
         return differ
 
     def _assemble(self, found: Sequence[Found], batch: Batch) -> object:
-        layout = found[0].layout
+        n_leaves = len(found[0].layout.leaves)
         devices = self._devices
-        if len(devices) != len(layout.leaves):
-            devices = (self._guess_device(batch),) * len(layout.leaves)
-        if len(found) == 1 and list(found[0].positions) == list(range(batch.n)):
-            data = found[0].data
-        else:
-            data = empty_rows(batch.n, layout.nbytes)
-            for item in found:
-                data[item.positions] = reform(item.layout, item.data, layout)
-        return put_together(layout, data, devices, self._known)
+        if len(devices) != n_leaves:
+            devices = (self._guess_device(batch),) * n_leaves
+        return batch.results.assemble(found, batch.n, devices, self._known)
 
     def _guess_device(self, batch: Batch) -> torch.device:
         parameters = self._identity.parameters()
@@ -824,7 +899,7 @@ class Cache:
         reason = "disabled" if is_off else batch.bypass_reason() or look.reason or self._grad_reason()
         parts = [*identity.describe(), *((name, digest_parts([value])) for name, value in batch.shared_parts())]
         signature = batch.signature()
-        namespace = self._namespace_of(look, signature)
+        namespace = self._namespace_of(look, batch.form(signature))
         reason = reason or self._verdict_against(namespace)
         digests = [] if batch.bypass_reason() else batch.digests(signature)
         places = ["nowhere"] * len(digests)
@@ -936,9 +1011,8 @@ class Cache:
         if signature is None:
             # The base's forward, called past the decorated one, gives other results for the same input.
             label = "" if plain is unwrap(self._target.function) else getattr(plain, "__qualname__", "")
-            signature = CallSignature(
-                plain, is_method=hasattr(function, "__self__"), label=label, unbatched=self.options.unbatched
-            )
+            is_method = hasattr(function, "__self__")
+            signature = CallSignature.of_options(plain, self.options, is_method=is_method, label=label)
             self._signatures[plain] = signature
         return signature
 
@@ -1137,9 +1211,22 @@ def _spread(
     return spread, missing
 
 
-def _stack(found: Sequence[Found]) -> bool:
-    """Tell whether all rows go into one result."""
-    return all(are_alike(item.layout, found[0].layout) for item in found[1:])
+def _rows_at(parts: Sequence[Found], rows: Sequence[int]) -> list[Found]:
+    """Return what was computed at some rows, in their order and numbered anew."""
+    if len(parts) == 1:  # all rows, in order
+        (part,) = parts
+        data = part.data[rows.start : rows.stop] if isinstance(rows, range) else part.data[list(rows)]
+        return [Found(range(len(rows)), part.layout, data)] if rows else []
+    number = {row: i for i, row in enumerate(rows)}
+    picked = [(part, [i for i, row in enumerate(part.positions) if row in number]) for part in parts]
+    return [
+        Found([number[part.positions[i]] for i in here], part.layout, part.data[here]) for part, here in picked if here
+    ]
+
+
+def _at_positions(found: Sequence[Found], positions: Sequence[int]) -> list[Found]:
+    """Return values whose positions are numbers of ``positions`` at those."""
+    return [Found([positions[i] for i in item.positions], item.layout, item.data) for item in found]
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -1167,7 +1254,7 @@ def _is_exporting() -> bool:
     return (
         torch._C._get_tracing_state() is not None  # noqa: SLF001 - what torch.jit.is_tracing asks, typed
         or torch.compiler.is_exporting()
-        or torch.onnx.is_in_onnx_export()
+        or ("torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export())
     )
 
 

@@ -114,8 +114,8 @@ def _prepare(options: CacheOptions, function: Callable[..., Any], *, is_method: 
     Here and not at first use: workers may use it although this process never does.
     """
     options.check_combinations()
-    if options.unbatched:
-        CallSignature(function, is_method=is_method, label="", unbatched=options.unbatched)
+    if options.unbatched or options.padded:
+        CallSignature.of_options(function, options, is_method=is_method)
     if options.enabled and options.writes and options.persistent and options.persistent_cache_dir is None:
         temporary.reserve()
 

@@ -19,7 +19,7 @@ class Flight:
     def __init__(self, namespace: bytes) -> None:
         self.namespace = namespace
         self.digests: list[bytes] = []
-        self.rows: Rows | None = None
+        self.rows: Sequence[Rows] = ()
         self.generation = process.generation()
         self.owner = threading.current_thread()
         self.has_landed = threading.Event()
@@ -29,9 +29,9 @@ class Flight:
         owner = self.owner
         return self.generation == process.generation() and owner is not threading.current_thread() and owner.is_alive()
 
-    def wait(self) -> Rows | None:
-        """Return the rows; None if they did not come, or not in time."""
-        return self.rows if self.has_landed.wait(JOIN_SECONDS) else None
+    def wait(self) -> Sequence[Rows]:
+        """Return the rows, an item a layout; none if they did not come, or not in time."""
+        return self.rows if self.has_landed.wait(JOIN_SECONDS) else ()
 
 
 class Flights:
@@ -77,8 +77,8 @@ class Flights:
                 flight.digests.append(digest)
         return joined
 
-    def land(self, flight: Flight, rows: Rows | None) -> None:
-        """End a flight: with the rows that others may use, or with None."""
+    def land(self, flight: Flight, rows: Sequence[Rows]) -> None:
+        """End a flight with the rows that others may use, an item a layout."""
         flight.rows = rows
         with self._lock.raw:
             self._landings += 1

@@ -27,6 +27,9 @@ _SLAB_SHARE = 8
 _MOST_SLAB_ROWS = 1 << 24
 _FIRST_DEVICE_SLAB_BYTES = 1 << 20
 
+#: A layout with fewer rows has slabs of as many rows as it has already.
+_FEW_ROWS = 16
+
 #: Rows from this size on are copied one by one, which saves the second copy of a scatter.
 _LARGE_ROW_BYTES = 4096
 
@@ -85,6 +88,9 @@ class MemoryTier:
             if places is None:
                 return [], list(range(len(digests)))
             get = places.get
+            if len(digests) == 1:  # without vectors, which cost more than such a row
+                code = get(digests[0], -1)
+                return ([self._copy(code)], []) if code >= 0 else ([], [0])
             codes = np.array([get(digest, -1) for digest in digests], dtype=np.int64)
             missing = np.flatnonzero(codes < 0)
             if missing.size == codes.size:
@@ -148,6 +154,12 @@ class MemoryTier:
         room = self._limit - used_bytes
         charged = room + FREE_OVERHEAD_BYTES - used_slots * ROW_OVERHEAD_BYTES
         return min(room // row_bytes, charged // (row_bytes + ROW_OVERHEAD_BYTES))
+
+    def _copy(self, code: int) -> Found:
+        self._clock += 1
+        slab, slot = self._slabs[code >> _SLOT_BITS], code & _SLOT_MASK
+        slab.used_at[slot] = self._clock
+        return Found((0,), slab.layout, slab.copy(slot))
 
     def _gather(self, codes: NDArray[np.int64], positions: NDArray[np.int64]) -> list[Found]:
         numbers = codes >> _SLOT_BITS
@@ -214,6 +226,9 @@ class MemoryTier:
     def _new_slab(self, layout: Layout, wanted: int, shelf: list[_Slab]) -> _Slab:
         row_bytes = max(layout.nbytes, 1)
         size = self._limit // _SLAB_SHARE
+        so_far = sum(slab.filled for slab in shelf)
+        if max(wanted, so_far) < _FEW_ROWS:  # there may be as many layouts as rows
+            size = min(size, row_bytes * max(wanted, so_far))
         if self._device.type != "cpu":  # where memory is taken at once: double from slab to slab
             size = min(size, max(_FIRST_DEVICE_SLAB_BYTES, wanted * row_bytes, *(2 * s.nbytes for s in shelf), 0))
         fits = self._rows_that_fit(layout, self._bytes, self._slots)
@@ -325,6 +340,12 @@ class _Slab:
         # mode="clip" lets take() write into out directly; the slots are known to be in range.
         self._host.take(slots, axis=0, out=out, mode="clip")
         return out
+
+    def copy(self, slot: int) -> Bytes2D | torch.Tensor:
+        """Return a copy of one row, on the slab's device."""
+        rows = self._rows if self._host is None else self._host
+        assert rows is not None
+        return rows[slot : slot + 1].clone() if isinstance(rows, torch.Tensor) else rows[slot : slot + 1].copy()
 
     def gather_into(self, out: Bytes2D, members: NDArray[np.int64], slots: NDArray[np.int64]) -> None:
         """Copy the rows at ``slots`` to the rows ``members`` of ``out``."""

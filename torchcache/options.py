@@ -51,7 +51,9 @@ class OptionArguments(TypedDict, total=False):
     zstd_compression: bool
     zstd_compression_level: int
     version: str | None
+    batch_dim: int | None
     unbatched: Sequence[str]
+    padded: Mapping[str, str]
     min_free_disk: float | str | None
     eviction: str
     shared: str | None
@@ -121,6 +123,33 @@ def _names(name: str, value: object) -> tuple[str, ...]:
     if isinstance(value, (list, tuple)) and all(isinstance(item, str) for item in value):
         return tuple(value)
     raise ConfigError(f"{name}={value!r} must be a tuple of argument names, such as ('mask',)", argument=name)
+
+
+def _masks(name: str, value: object) -> tuple[tuple[str, str], ...]:
+    if isinstance(value, tuple) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in value):
+        value = dict(value)  # as this returns it
+    if not isinstance(value, Mapping) or not all(isinstance(part, str) for pair in value.items() for part in pair):
+        raise ConfigError(
+            f"{name}={value!r} must be a dict of argument names, each with that of its mask, such as "
+            "{'input_ids': 'attention_mask'}",
+            argument=name,
+        )
+    if len(set(value.values())) > 1:
+        raise ConfigError(
+            f"{name}={value!r} names several masks, and all padded arguments of a call must share one; decorate the "
+            "parts of the model that have one each",
+            argument=name,
+        )
+    return tuple(sorted(value.items()))
+
+
+def _dimension(name: str, value: object) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        raise ConfigError(
+            f"{name}={value!r} must be the number of a dimension, 0 or more, or None for calls that are one sample",
+            argument=name,
+        )
+    return value
 
 
 def _directory(name: str, value: object) -> Path | None:
@@ -240,8 +269,14 @@ class CacheOptions:
         zstd_compression: Compress records on disk.
         zstd_compression_level: -100 (fastest) to 22 (smallest).
         version: Any string; another one starts afresh.
+        batch_dim: The dimension of tensors, arguments and results, that samples lie along. None: a call is one
+            sample, with any arguments that have a value (tensors and arrays of any shape too) and any result that is
+            made of tensors, arrays, images and plain values.
         unbatched: Names of arguments that all samples of a call share, although they are or hold tensors: a
             mask, position ids. They count by value.
+        padded: Names of arguments that are padded along their first dimension beside the batch, each with that of the
+            mask of shape (batch, length) that says which positions are real: {"input_ids": "attention_mask"}. A
+            sample and its value do not depend then on how far its batch was padded.
         eviction: What makes room on disk: "stale" removes what nobody touched for an hour, "lru" the
             least recently used, "none" nothing.
         shared: None for files that only this user can read; "group" for a directory that the members of its
@@ -272,7 +307,9 @@ class CacheOptions:
     zstd_compression: bool = _option(False, _flag, shapes_key=True)
     zstd_compression_level: int = _option(3, _level, shapes_key=False)
     version: str | None = _option(None, _optional_text, shapes_key=True)
+    batch_dim: int | None = _option(0, _dimension, shapes_key=True)
     unbatched: tuple[str, ...] = _option((), _names, shapes_key=False)
+    padded: tuple[tuple[str, str], ...] = _option((), _masks, shapes_key=True)
     eviction: str = _option("stale", _one_of("stale", "none", "lru"), shapes_key=False)
     shared: str | None = _option(None, _one_of_or_none("group"), shapes_key=False)
     when_grad: str = _option("detach", _one_of("detach", "bypass", "raise"), shapes_key=False)
@@ -333,9 +370,17 @@ class CacheOptions:
         """Check what only the merged options can tell.
 
         Raises:
-            ConfigError: If ``zstd_compression`` is set without ``persistent``, ``shared`` without a directory, or
-                ``mode="require"`` without anything on disk that could answer.
+            ConfigError: If ``zstd_compression`` is set without ``persistent``, ``shared`` without a directory,
+                ``unbatched`` or ``padded`` for calls that have no batch, or ``mode="require"`` without anything on disk
+                that could answer.
         """
+        for name in ("unbatched", "padded"):
+            if self.batch_dim is None and getattr(self, name):
+                raise ConfigError(
+                    f"{name} has no meaning with batch_dim=None, where a call is one sample and all arguments count by "
+                    "value; drop it",
+                    argument=name,
+                )
         if self.zstd_compression and not self.persistent:
             raise ConfigError(
                 "zstd_compression=True has no effect without persistent=True: only the disk tier is "

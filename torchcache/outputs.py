@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +22,7 @@ from torchcache.layout import (
     empty_rows,
 )
 from torchcache.structure import KnownClasses, Tree
-from torchcache.tensors import DTYPE_NAMES, to_numpy, unsupported_kind
+from torchcache.tensors import AS_INTEGER, DTYPE_NAMES, NUMPY_DTYPES, to_numpy, unsupported_kind
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
@@ -42,7 +42,8 @@ def take_apart(tree: Tree, n: int, cache_dtype: torch.dtype | None, known: Known
     """Copy a module's result into rows of bytes that belong to the cache.
 
     Args:
-        tree: What the module returned for ``n`` samples; ``unsupported_leaf`` has nothing against it.
+        tree: What the module returned for ``n`` samples; ``unsupported_leaf`` and ``check_leaves`` have nothing
+            against it.
         n: Number of samples.
         cache_dtype: Store floating values in it.
         known: Learns the classes of the result.
@@ -55,20 +56,24 @@ def take_apart(tree: Tree, n: int, cache_dtype: torch.dtype | None, known: Known
         UncacheableError: If the result is not made of tensors with the batch in front and plain values.
     """
     encoded = tree.encode()
-    _check_leaves(tree, n)
-    stored = [_stored_form(tensor, cache_dtype) for tensor in tree.leaves]
+    stored = [stored_form(tensor, cache_dtype) for tensor in tree.leaves]
     layout = Layout(tuple([leaf for leaf, _, _ in stored]), encoded)
     rows = empty_rows(n, layout.nbytes)
-    end = 0
-    for leaf, tensor, _ in stored:
-        start, end = end, end + leaf.nbytes
-        if n and leaf.nbytes:
-            array = to_numpy(tensor)
-            # A view: splitting the last dimension never copies.
-            np.copyto(rows[:, start:end].view(array.dtype).reshape(array.shape), array)
+    copy_leaves([(leaf, tensor) for leaf, tensor, _ in stored], rows)
     if encoded:
         known.learn_from(tree)
     return layout, rows, sum([overflowed for _, _, overflowed in stored])
+
+
+def copy_leaves(stored: Iterable[tuple[Leaf, torch.Tensor]], rows: Bytes2D) -> None:
+    """Copy leaves in their stored form into rows of bytes, one after the other."""
+    end = 0
+    for leaf, tensor in stored:
+        start, end = end, end + leaf.nbytes
+        if len(rows) and leaf.nbytes:
+            array = to_numpy(tensor)
+            # A view: splitting the last dimension never copies.
+            np.copyto(rows[:, start:end].view(array.dtype).reshape(array.shape), array)
 
 
 def put_together(
@@ -88,16 +93,16 @@ def put_together(
         CorruptRecordError: If the result cannot be rebuilt after all.
     """
     if not layout.structure:
-        return _put_leaf(layout.leaves[0], data, devices[0])
-    node = known.decode(layout.structure, lambda: _stand_ins(layout))
+        return put_leaf(layout.leaves[0], data, devices[0])
+    node = known.decode(layout.structure, lambda _: stand_ins(layout))
     if node is None:
         raise CorruptRecordError("the result is of classes this process does not know")
     leaves = []
     end = 0
     for leaf, device in zip(layout.leaves, devices, strict=True):
         start, end = end, end + leaf.nbytes
-        part = data if leaf.nbytes == layout.nbytes else _columns(data, start, end)
-        leaves.append(_put_leaf(leaf, part, device))
+        part = data if leaf.nbytes == layout.nbytes else columns(data, start, end)
+        leaves.append(put_leaf(leaf, part, device))
     try:
         return node.build(iter(leaves))
     except Exception as error:
@@ -109,7 +114,7 @@ def rounded(tree: Tree, cache_dtype: torch.dtype | None) -> object:
 
     Its containers are new: the module's own are not changed.
     """
-    return tree.build(_rounded(leaf, cache_dtype) for leaf in tree.leaves)
+    return tree.build(rounded_leaf(leaf, cache_dtype) for leaf in tree.leaves)
 
 
 def detached(output: object) -> object:
@@ -119,7 +124,7 @@ def detached(output: object) -> object:
 
 def unsupported_leaf(tree: Tree) -> str | None:
     """Name the first kind of tensor in a result that has no plain rows of bytes, or return None."""
-    return next(filter(None, map(unsupported_kind, tree.leaves)), None)
+    return next(filter(None, map(unsupported_kind, filter(_is_tensor, tree.leaves))), None)
 
 
 def devices_of(tree: Tree) -> tuple[torch.device, ...]:
@@ -127,13 +132,18 @@ def devices_of(tree: Tree) -> tuple[torch.device, ...]:
     return tuple([leaf.device for leaf in tree.leaves])
 
 
+def has_known_dtypes(layout: Layout) -> bool:
+    """Tell whether this torch has the dtypes of all leaves."""
+    return all(leaf.dtype in _DTYPES and leaf.output_dtype in _DTYPES for leaf in layout.leaves)
+
+
 def is_known(layout: Layout, known: KnownClasses) -> bool:
     """Tell whether this process can rebuild a layout that came from a store: its dtypes, tree and classes."""
-    if not all(leaf.dtype in _DTYPES and leaf.output_dtype in _DTYPES for leaf in layout.leaves):
+    if not has_known_dtypes(layout):
         return False
     if not layout.structure:
         return len(layout.leaves) == 1
-    node = known.decode(layout.structure, lambda: _stand_ins(layout))
+    node = known.decode(layout.structure, lambda _: stand_ins(layout))
     # Counted here too: what is remembered was tried with the leaves of another layout.
     return node is not None and node.n_leaves == len(layout.leaves) and known.is_certain(node)
 
@@ -178,7 +188,7 @@ def plain_numbers(layout: Layout, known: KnownClasses) -> frozenset[int]:
     """Return the ints among the plain values of a known layout: one may be the batch's size."""
     if not layout.structure:
         return frozenset()
-    node = known.decode(layout.structure, lambda: _stand_ins(layout))
+    node = known.decode(layout.structure, lambda _: stand_ins(layout))
     return frozenset() if node is None else frozenset(node.numbers())
 
 
@@ -186,23 +196,31 @@ def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
 
 
-def _check_leaves(tree: Tree, n: int) -> None:
-    """Raise unless there are not too many leaves and each has ``n`` rows."""
+def check_leaves(tree: Tree, n: int, batch_dim: int = 0) -> None:
+    """Raise unless a tree can be kept, and has leaves, not too many, each with ``n`` rows along ``batch_dim``."""
+    if tree.problem is not None:
+        raise UncacheableError(tree.problem)
+    if not tree.leaves:
+        raise UncacheableError(
+            f"the cached call returned {type(tree.build(())).__qualname__}, not a tensor nor anything with a tensor in "
+            "it; return tensors with the batch in front, or set batch_dim=None to cache each call as one sample, "
+            "whatever it returns"
+        )
     if len(tree.leaves) > MAX_LEAVES:
         raise UncacheableError(
             f"the cached call returned {len(tree.leaves)} tensors, and at most {MAX_LEAVES} can be kept; stack "
             "those of one shape along a dimension behind the batch"
         )
     for tensor, path in zip(tree.leaves, tree.paths, strict=True):
-        if tensor.dim() == 0 or tensor.shape[0] != n:
+        if tensor.dim() <= batch_dim or tensor.shape[batch_dim] != n:
             at, what = ("", "the result") if path == "output" else (f" at {path}", "every tensor in the result")
             raise UncacheableError(
-                f"the cached call returned shape {tuple(tensor.shape)}{at} for a batch of {n}; dimension 0 of "
-                f"{what} must be the batch, one row a sample"
+                f"the cached call returned shape {tuple(tensor.shape)}{at} for a batch of {n}; dimension {batch_dim} "
+                f"of {what} must be the batch, one row a sample"
             )
 
 
-def _stored_form(tensor: torch.Tensor, cache_dtype: torch.dtype | None) -> tuple[Leaf, torch.Tensor, int]:
+def stored_form(tensor: torch.Tensor, cache_dtype: torch.dtype | None) -> tuple[Leaf, torch.Tensor, int]:
     """Return how a leaf is stored, the tensor with its bytes in that order, and how many values overflowed."""
     cast, overflowed = _cast(tensor.detach(), cache_dtype)
     memory_format = CONTIGUOUS
@@ -224,14 +242,15 @@ def _cast(tensor: torch.Tensor, cache_dtype: torch.dtype | None) -> tuple[torch.
     return cast, int(lost.sum())
 
 
-def _rounded(tensor: torch.Tensor, cache_dtype: torch.dtype | None) -> torch.Tensor:
+def rounded_leaf(tensor: torch.Tensor, cache_dtype: torch.dtype | None) -> torch.Tensor:
+    """Return a tensor rounded through ``cache_dtype``, detached."""
     plain = tensor.detach()
     if cache_dtype is None or not plain.is_floating_point() or plain.dtype == cache_dtype:
         return plain
     return plain.to(cache_dtype).to(plain.dtype)
 
 
-def _columns(data: Bytes2D | torch.Tensor, start: int, end: int) -> Bytes2D | torch.Tensor:
+def columns(data: Bytes2D | torch.Tensor, start: int, end: int) -> Bytes2D | torch.Tensor:
     """Copy some bytes of each row: a leaf that lay between others could not be viewed as its dtype."""
     if isinstance(data, torch.Tensor):
         return data[:, start:end].clone(memory_format=torch.contiguous_format)
@@ -240,15 +259,20 @@ def _columns(data: Bytes2D | torch.Tensor, start: int, end: int) -> Bytes2D | to
     return columns
 
 
-def _put_leaf(leaf: Leaf, data: Bytes2D | torch.Tensor, device: torch.device) -> torch.Tensor:
+def put_leaf(leaf: Leaf, data: Bytes2D | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a leaf's tensor of its bytes in each row, without a copy where the device is the CPU."""
     n = data.shape[0]
     _, _, order, back = _FORMATS.get(leaf.memory_format, (0, None, (), ()))
     shape = (n, *leaf.shape)
     stored_shape = tuple(shape[i] for i in order) if order else shape
     dtype = _DTYPES[leaf.dtype]
     if n and leaf.nbytes:
-        flat = (torch.from_numpy(data) if isinstance(data, np.ndarray) else data).view(-1)
-        tensor = (flat if dtype is torch.uint8 else flat.view(dtype)).view(stored_shape)
+        if isinstance(data, np.ndarray):  # whose views cost less
+            integer = AS_INTEGER.get(dtype)
+            tensor = torch.from_numpy(data.view(NUMPY_DTYPES[integer or dtype]).reshape(stored_shape))
+            tensor = tensor if integer is None else tensor.view(dtype)
+        else:
+            tensor = data.view(-1).view(dtype).view(stored_shape)
     else:
         tensor = torch.empty(stored_shape, dtype=dtype, device="cpu")
     if back:
@@ -256,6 +280,6 @@ def _put_leaf(leaf: Leaf, data: Bytes2D | torch.Tensor, device: torch.device) ->
     return tensor.to(device=device, dtype=_DTYPES[leaf.output_dtype])
 
 
-def _stand_ins(layout: Layout) -> list[torch.Tensor]:
+def stand_ins(layout: Layout) -> list[torch.Tensor]:
     """Make leaves of one row, never written nor read, to try a structure with."""
     return [torch.empty((1, *leaf.shape), dtype=_DTYPES[leaf.output_dtype], device="cpu") for leaf in layout.leaves]

@@ -22,12 +22,17 @@ REMEDIES = {
     "mode it runs: what the ranks do together in training only belongs outside of the cached module",
     "rows_depend_on_batch": "a row that was computed with another batch came back different, so results depend on "
     "the batch and cannot be cached sample by sample; make dimension 0 of every tensor the batch, cache a part of "
-    "the model that treats each row alone, or set check_rows=False if the difference is meant",
+    "the model that treats each row alone, or set check_rows=False if the difference is meant; where padded is set, "
+    "the model must take its mask into account",
     "other_batch_failed": "the call failed with some of its rows and succeeded with all of them; it is tried again",
+    "other_length_failed": "a row could not be computed with another padding, so it is not known what of its result "
+    "follows the length; it is tried again",
     "one_sample_at_a_time": "the module takes one sample at a time only; it is cached from now on",
     "random_numbers": "random numbers were drawn while the call ran, so its result may not be a function of its input",
     "state_changes_at_every_call": "weights or plain attributes change at every call; it is cached again when they "
     "stand still",
+    "fully_masked_row": "the mask leaves nothing of a row, so its result may depend on how far it is padded; leave "
+    "such rows out of the batch",
     "rows_do_not_stack": "the rows of one batch have results of different shapes or plain values",
     "result_cannot_be_rebuilt": "a class of the result refuses to be rebuilt from its parts",
     "opaque_weights": "weights are tensors without plain bytes (sparse, quantized), so that a change of theirs could "

@@ -12,8 +12,9 @@ import torch
 
 from torchcache.errors import CorruptRecordError
 from torchcache.layout import Bytes2D, Found, Layout
-from torchcache.outputs import are_alike, flatten, put_together
+from torchcache.outputs import are_alike
 from torchcache.process import ForkLock
+from torchcache.results import Results
 from torchcache.storage.contract import Verdict
 from torchcache.structure import KnownClasses
 
@@ -200,40 +201,39 @@ def tolerance(tensors: Iterable[torch.Tensor], cache_dtype: torch.dtype | None) 
     return widest
 
 
-def largest_row(rows: Bytes2D, layout: Layout, known: KnownClasses) -> int:
+def largest_row(rows: Bytes2D, layout: Layout, results: Results, known: KnownClasses) -> int:
     """Return which of the first rows has the largest norm: one of zeros would prove nothing."""
-    cpu = [torch.device("cpu")] * len(layout.leaves)
     some = rows[:_FLOOR_ROWS]
     try:
-        leaves = flatten(put_together(layout, some.copy(), cpu, known)).leaves
+        leaves = results.leaves(layout, some.copy(), known)
     except CorruptRecordError:
         return 0
     norms = sum(_numbers(leaf).reshape(len(some), -1).nan_to_num(0.0, 0.0, 0.0).norm(dim=1) for leaf in leaves)
     return int(torch.as_tensor(norms).argmax())
 
 
-def row_distance(cached: Found, layout: Layout, row: Bytes2D, batch: Bytes2D, known: KnownClasses) -> float | None:
+def row_distance(cached: Found, computed: Found, batch: Bytes2D, results: Results, known: KnownClasses) -> float | None:
     """Return how far two values of one row are apart, as a share of their norm.
 
     Args:
         cached: One row as it is cached.
-        layout: Of the row computed again.
-        row: That row, shape ``(1, layout.nbytes)``.
-        batch: What was computed with it, one row a sample.
+        computed: The row computed again.
+        batch: What was computed with it and has its layout, one row a sample.
+        results: What rows consist of.
         known: What classes the values may have.
 
     Returns:
         The largest share over the leaves; infinity where the form differs; None where nothing can be said: all
         numbers are zero, or none is finite.
     """
+    layout = computed.layout
     if not are_alike(cached.layout, layout):
         return math.inf
-    cpu = [torch.device("cpu")] * len(layout.leaves)
     stored = cached.data if isinstance(cached.data, np.ndarray) else cached.data.cpu().numpy()
     try:
         a, b, rows = (
-            flatten(put_together(form, data.copy(), cpu, known)).leaves
-            for form, data in ((cached.layout, stored), (layout, row), (layout, batch[:_FLOOR_ROWS]))
+            results.leaves(form, data.copy(), known)
+            for form, data in ((cached.layout, stored), (layout, computed.data), (layout, batch[:_FLOOR_ROWS]))
         )
     except CorruptRecordError:
         return None  # the call itself will say so

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
 from torchcache.arguments import Argument, Tensors, Texts, open_argument
+from torchcache.call_results import CallResults
 from torchcache.errors import ConfigError, UncacheableError
 from torchcache.keys.digest import combine, digest_parts
 from torchcache.keys.values import encode_plain
+from torchcache.options import CacheOptions
+from torchcache.padding import PaddedResults, PaddedTensors, Spans
+from torchcache.results import Results
 from torchcache.tensors import unsupported_kind
 
 
@@ -25,15 +31,26 @@ class CallSignature:
         is_method: Its first parameter is bound already.
         label: Enters the digest of every sample.
         unbatched: Names of arguments that all samples share, although they are or hold tensors.
+        batch_dim: The dimension of tensors that samples lie along; None if a call is one sample.
+        padded: Names of tensors that are padded, each with that of its mask, which is one for all.
 
     Raises:
-        ConfigError: If ``unbatched`` names no parameter.
+        ConfigError: If ``unbatched`` or ``padded`` names no parameter.
     """
 
     def __init__(
-        self, function: Callable[..., object], *, is_method: bool, label: str, unbatched: Sequence[str] = ()
+        self,
+        function: Callable[..., object],
+        *,
+        is_method: bool,
+        label: str,
+        unbatched: Sequence[str] = (),
+        batch_dim: int | None = 0,
+        padded: Mapping[str, str] | None = None,
     ) -> None:
-        self._label = label.encode()
+        self._label = (f"{label} along {batch_dim}" if batch_dim else label).encode()
+        self._batch_dim = batch_dim
+        self._results = CallResults() if batch_dim is None else Results(batch_dim)
         parameters = list(inspect.signature(function).parameters.values())
         if is_method and parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
             del parameters[0]
@@ -49,14 +66,34 @@ class CallSignature:
             *by_kind.get(inspect.Parameter.POSITIONAL_OR_KEYWORD, ()), *by_kind.get(inspect.Parameter.KEYWORD_ONLY, ()),
         })  # fmt: skip
         self._unbatched = frozenset(unbatched)
+        padded = padded or {}
+        self._padded = frozenset({*padded, *padded.values()})
+        self._mask = next(iter(padded.values()), None)
         if inspect.Parameter.VAR_KEYWORD not in by_kind:
-            _check_names("unbatched", unbatched, [p.name for p in parameters])
+            names = [p.name for p in parameters]
+            _check_names("unbatched", unbatched, names)
+            # A tensor in a container is named with its way: batch['input_ids'].
+            _check_names("padded", (re.split(r"[\[.]", name)[0] for name in (*padded, *padded.values())), names)
         # A default that is not plain is part of the code and counts there.
         self._defaults = {
             p.name: encoded
             for p in parameters
             if p.default is not p.empty and (encoded := encode_plain(p.default)) is not None
         }
+
+    @classmethod
+    def of_options(
+        cls, function: Callable[..., object], options: CacheOptions, *, is_method: bool, label: str = ""
+    ) -> CallSignature:
+        """Make one for what options say of a function's arguments."""
+        return cls(
+            function,
+            is_method=is_method,
+            label=label,
+            unbatched=options.unbatched,
+            batch_dim=options.batch_dim,
+            padded=dict(options.padded),
+        )
 
     def split(self, args: tuple[object, ...], kwargs: Mapping[str, object]) -> Batch:
         """Name the arguments of a call and find its samples.
@@ -79,7 +116,37 @@ class CallSignature:
             # One that only **kwargs takes may be called like an argument that is given by position.
             name = f"**{key}" if key in self._positional_only or "[" in key else key
             self._sort_argument(name, key, value, arguments, plain)
-        return Batch(args, kwargs, arguments, plain)
+        if self._batch_dim is None:
+            return Call(args, kwargs, arguments, plain, self._results)
+        if self._mask is not None and not any(unsupported_kind(t.tensor) for a in arguments for t in a.tensors()):
+            return self._split_padded(args, kwargs, arguments, plain)
+        return Batch(args, kwargs, arguments, plain, self._results)
+
+    def _split_padded(
+        self,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        arguments: Sequence[Argument],
+        plain: Mapping[str, bytes],
+    ) -> Batch:
+        assert self._batch_dim is not None
+        leaves = {leaf.name: leaf for a in arguments if not a.is_shared for leaf in a.tensors()}
+        named = self._padded & leaves.keys()
+        if not named:
+            return Batch(args, kwargs, arguments, plain, self._results)
+        mask = leaves.get(self._mask or "")
+        if mask is None:
+            raise UncacheableError(
+                f"argument {min(named)!r} is padded, and the call has no tensor {self._mask!r}, which is its mask; "
+                "pass one, of ones where nothing is padded",
+                argument=self._mask,
+            )
+        spans = Spans.of_mask(mask)
+        padded = [
+            replace(a, leaves=[_padded(leaf, spans) if leaf.name in named else leaf for leaf in a.leaves])
+            for a in arguments
+        ]
+        return PaddedBatch(args, kwargs, padded, plain, self._batch_dim, spans)
 
     def _sort_argument(
         self, name: str, place: int | str, value: object, arguments: list[Argument], plain: dict[str, bytes]
@@ -87,14 +154,14 @@ class CallSignature:
         """Put an argument among those whose samples are told apart, or among what all samples share."""
         plain.pop(name, None)
         is_shared = name in self._unbatched or (self._rest in self._unbatched and name.startswith(f"{self._rest}["))
-        if isinstance(value, torch.Tensor) and not is_shared:
-            arguments.append(Argument(name, place, [Tensors(name, value)]))
+        batch_dim = None if is_shared else self._batch_dim
+        if isinstance(value, torch.Tensor) and batch_dim is not None:
+            arguments.append(Argument(name, place, [Tensors(name, value, batch_dim)]))
             return
         encoded = encode_plain(value)
         if encoded is None:
-            argument, encoded = open_argument(name, place, value, is_shared=is_shared)
-            arguments.append(argument)
-        if encoded:
+            arguments.append(open_argument(name, place, value, batch_dim))
+        else:
             plain[name] = encoded
 
 
@@ -126,7 +193,13 @@ def _batch_size(arguments: Sequence[Argument]) -> int:
                 f"number ({leaf.name}.item()), expand it to (batch,), or name it in unbatched if all samples share it",
                 argument=leaf.name,
             )
-        sizes[leaf.name] = leaf.tensor.shape[0]
+        if leaf.tensor.dim() <= leaf.batch_dim:
+            raise UncacheableError(
+                f"argument {leaf.name!r} has shape {tuple(leaf.tensor.shape)} and so no dimension {leaf.batch_dim}, "
+                "which is batch_dim; name it in unbatched if all samples share it",
+                argument=leaf.name,
+            )
+        sizes[leaf.name] = leaf.tensor.shape[leaf.batch_dim]
     flat = [leaf for leaf in leaves if isinstance(leaf, Tensors) and leaf.tensor.dim() == 1]
     if len(flat) == len(leaves):
         name = flat[0].name
@@ -141,17 +214,29 @@ def _batch_size(arguments: Sequence[Argument]) -> int:
         first = next(iter(sizes))
         other = next(name for name, size in sizes.items() if size != sizes[first])
         raise UncacheableError(
-            f"arguments {first!r} and {other!r} differ in their batch dimension ({shown}); dimension 0 of "
-            "every tensor must be the batch: expand shared tensors to it, or name them in unbatched",
+            f"arguments {first!r} and {other!r} differ in their batch dimension ({shown}); dimension "
+            f"{_batch_dim_of(leaves)} of every tensor must be the batch: expand shared tensors to it, or name them in "
+            "unbatched",
             argument=other,
         )
     return sizes[leaves[0].name]
 
 
+def _padded(leaf: Tensors, spans: Spans) -> PaddedTensors:
+    return PaddedTensors(leaf.name, leaf.tensor, leaf.batch_dim, spans)
+
+
+def _batch_dim_of(leaves: Sequence[Tensors | Texts]) -> int:
+    return next((leaf.batch_dim for leaf in leaves if isinstance(leaf, Tensors)), 0)
+
+
 class Batch:
     """One call, seen as ``n`` samples. The arguments stay the caller's and are not changed."""
 
-    __slots__ = ("_args", "_arguments", "_kwargs", "_leaves", "_plain", "_unsupported", "n", "tensors")
+    __slots__ = ("_args", "_arguments", "_kwargs", "_leaves", "_plain", "_unsupported", "n", "results", "tensors")
+
+    #: Whether rows of several calls may be forwarded together.
+    is_divisible = True
 
     def __init__(
         self,
@@ -159,16 +244,24 @@ class Batch:
         kwargs: Mapping[str, object],
         arguments: Sequence[Argument],
         plain: Mapping[str, bytes],
+        results: Results,
     ) -> None:
+        self.results = results
         self._args = args
         self._kwargs = kwargs
         self._arguments = sorted(arguments, key=lambda argument: argument.name)  # however they were given
         self._plain = plain
-        self._leaves = [leaf for argument in self._arguments if not argument.is_shared for leaf in argument.leaves]
+        self._leaves = self._find_leaves()
         #: The tensors that hold the samples, in the order of their names.
         self.tensors = [leaf.tensor for leaf in self._leaves if isinstance(leaf, Tensors)]
         self._unsupported = next(filter(None, map(unsupported_kind, self.tensors)), None)
-        self.n = 0 if self._unsupported else _batch_size(arguments)
+        self.n = 0 if self._unsupported else self._count(arguments)
+
+    def _find_leaves(self) -> list[Any]:
+        return [leaf for argument in self._arguments if not argument.is_shared for leaf in argument.leaves]
+
+    def _count(self, arguments: Sequence[Argument]) -> int:
+        return _batch_size(arguments)
 
     @property
     def first_device(self) -> torch.device:
@@ -194,12 +287,20 @@ class Batch:
 
     def shared_parts(self) -> list[tuple[str, bytes]]:
         """Return what all samples of the call have in common: plain arguments, dtypes and row shapes, by name."""
-        parts = [(f"argument {name}" if name else "function", self._plain[name]) for name in sorted(self._plain)]
-        return parts + [leaf.describe() for leaf in self._leaves]
+        plain = {**self._plain, **{a.name: encoded for a in self._arguments if (encoded := a.encode())}}
+        parts = [(f"argument {name}" if name else "function", plain[name]) for name in sorted(plain)]
+        return parts + self._forms()
+
+    def _forms(self) -> list[tuple[str, bytes]]:
+        return [leaf.describe() for leaf in self._leaves]
 
     def signature(self) -> bytes:
         """Return the digest of what all samples of the call have in common."""
         return digest_parts(part for name, value in self.shared_parts() for part in (name.encode(), value))
+
+    def form(self, signature: bytes) -> bytes:
+        """Return what tells namespaces of one state apart: whether rows depend on their batch is a matter of both."""
+        return signature
 
     def digests(self, signature: bytes) -> list[bytes]:
         """Return the 16-byte digest of each sample, in order."""
@@ -211,23 +312,100 @@ class Batch:
 
     def select(
         self, positions: Sequence[int], extra: tuple[Any, ...] | None = None
-    ) -> tuple[tuple[object, ...], dict[str, object]]:
-        """Return the arguments of a call that has the samples at ``positions`` only.
+    ) -> tuple[tuple[object, ...], dict[str, object], Results]:
+        """Return the arguments of a call that has the samples at ``positions`` only, and the form of its results.
 
         Args:
             positions: In the order wanted.
             extra: What ``row`` returned for another call of the same signature: one sample more, at the end.
         """
-        args, kwargs = list(self._args), dict(self._kwargs)
         first, last = positions[0], positions[-1]
         is_range = last - first == len(positions) - 1 and all(p == first + i for i, p in enumerate(positions))
-        more = iter(extra if extra is not None else [None] * len(self._leaves))
+        more = extra if extra is not None else [None] * len(self._leaves)
+        rows = [leaf.select(positions, one, is_range=is_range) for leaf, one in zip(self._leaves, more, strict=True)]
+        return (*self._with_leaves(rows), self.results)
+
+    def _with_leaves(self, values: Iterable[object]) -> tuple[tuple[object, ...], dict[str, object]]:
+        """Return the arguments with other tensors and texts in them, in the order of ``_leaves``."""
+        args, kwargs, rest = list(self._args), dict(self._kwargs), iter(values)
         for argument in self._arguments:
             if argument.is_shared:
                 continue
-            rows = [leaf.select(positions, next(more), is_range=is_range) for leaf in argument.leaves]
+            value = argument.with_leaves([next(rest) for _ in argument.leaves])
             if isinstance(argument.place, int):
-                args[argument.place] = argument.with_leaves(rows)
+                args[argument.place] = value
             else:
-                kwargs[argument.place] = argument.with_leaves(rows)
+                kwargs[argument.place] = value
         return tuple(args), kwargs
+
+
+class PaddedBatch(Batch):
+    """One call whose samples are sequences, padded to one length."""
+
+    __slots__ = ("_batch_dim", "spans")
+
+    def __init__(
+        self,
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        arguments: Sequence[Argument],
+        plain: Mapping[str, bytes],
+        batch_dim: int,
+        spans: Spans,
+    ) -> None:
+        super().__init__(args, kwargs, arguments, plain, PaddedResults(batch_dim, spans))
+        self._batch_dim = batch_dim
+        self.spans = spans
+
+    def bypass_reason(self) -> str | None:
+        return super().bypass_reason() or ("fully_masked_row" if self.spans.are_empty_somewhere else None)
+
+    def select(
+        self, positions: Sequence[int], extra: tuple[Any, ...] | None = None
+    ) -> tuple[tuple[object, ...], dict[str, object], PaddedResults]:
+        args, kwargs, _ = super().select(positions, extra)
+        lengths = [
+            row.shape[leaf.length_dim]
+            for leaf, row in zip(self._leaves, extra or (), strict=False)
+            if isinstance(leaf, PaddedTensors)
+        ]
+        spans = self.spans.select(positions, lengths[0] if lengths else None)
+        return args, kwargs, PaddedResults(self._batch_dim, spans)
+
+    def alone(self, position: int, width: int) -> tuple[tuple[object, ...], dict[str, object], PaddedResults]:
+        """Return the arguments of a call that has one sample only, padded or cut to ``width`` positions."""
+        rows = [leaf.select([position], None, is_range=True) for leaf in self._leaves]
+        rows = [
+            leaf.widen(row, width) if isinstance(leaf, PaddedTensors) else row
+            for leaf, row in zip(self._leaves, rows, strict=True)
+        ]
+        return (*self._with_leaves(rows), PaddedResults(self._batch_dim, self.spans.alone(position, width)))
+
+
+class Call(Batch):
+    """One call that is one sample, whatever its arguments: all of them count by value."""
+
+    __slots__ = ()
+    is_divisible = False
+
+    def _find_leaves(self) -> list[Any]:
+        return [leaf for argument in self._arguments for leaf in argument.leaves]
+
+    def _count(self, arguments: Sequence[Argument]) -> int:  # noqa: ARG002 - as of Batch
+        return 1
+
+    def _forms(self) -> list[tuple[str, bytes]]:
+        return []
+
+    def form(self, signature: bytes) -> bytes:  # noqa: ARG002 - as of Batch
+        return b"call"
+
+    def digests(self, signature: bytes) -> list[bytes]:
+        return [signature]
+
+    def select(
+        self,
+        positions: Sequence[int],  # noqa: ARG002 - as of Batch
+        extra: tuple[Any, ...] | None = None,  # noqa: ARG002
+    ) -> tuple[tuple[object, ...], dict[str, object], Results]:
+        return self._args, dict(self._kwargs), self.results

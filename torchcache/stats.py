@@ -76,7 +76,8 @@ class Counters:
 
     def add(self, **amounts: int) -> None:
         with self._lock.raw:
-            self._plain.update(amounts)
+            for name, amount in amounts.items():  # Counter.update() costs three times as much
+                self._plain[name] += amount
 
     def add_to(self, group: str, reason: str, amount: int = 1) -> int:
         """Add to one reason of a group and return its new count."""

@@ -112,13 +112,7 @@ def flatten(output: object, is_leaf: Callable[[object], bool]) -> Tree:
         return Tree(_LEAF, (output,), ("output",), None)
     walk = _Walk(is_leaf)
     node = walk.visit(output, "output", 0)
-    problem = walk.problem
-    if problem is None and not walk.leaves:
-        problem = (
-            f"the cached call returned {type(output).__qualname__}, not a tensor nor anything with a tensor in it; "
-            f"{_REMEDY}"
-        )
-    return Tree(node, walk.leaves, walk.paths, problem)
+    return Tree(node, walk.leaves, walk.paths, walk.problem)
 
 
 class KnownClasses:
@@ -176,12 +170,12 @@ class KnownClasses:
         """Tell whether each class of the tree is the only one of its name."""
         return not self._doubtful or all(class_name(cls) not in self._doubtful for cls in node.classes())
 
-    def decode(self, structure: bytes, stand_ins: Callable[[], Sequence[object]]) -> Node | None:
+    def decode(self, structure: bytes, stand_ins: Callable[[int], Sequence[object]]) -> Node | None:
         """Return the tree that ``structure`` describes.
 
         Args:
             structure: Whatever a store gave; not one lone leaf.
-            stand_ins: Makes leaves to try the tree with, the first time.
+            stand_ins: Makes so many leaves to try the tree with, the first time.
 
         Returns:
             The tree; None if this process cannot rebuild it, or the bytes describe none.
@@ -192,7 +186,7 @@ class KnownClasses:
         try:
             node = _decode(structure, self.find)
             _need(node is not _LEAF)  # a lone leaf has no structure
-            _check_alike(node, stand_ins())
+            _check_alike(node, stand_ins(node.n_leaves))
         except Exception:  # noqa: BLE001 - foreign bytes, and what other people registered: the row is computed
             return None
         if len(self._decoded) >= _MOST_DECODED:

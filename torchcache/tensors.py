@@ -10,9 +10,9 @@ import torch
 from torchcache.layout import DTYPE_SIZES
 
 #: Dtypes that NumPy lacks are moved as integers of the same size.
-_AS_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-_WITHOUT_NUMPY = {
-    dtype: _AS_INTEGER[DTYPE_SIZES[name]]
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+AS_INTEGER = {
+    dtype: _INTEGERS[DTYPE_SIZES[name]]
     for name in DTYPE_SIZES
     if name in ("bfloat16", "complex32") or name.startswith("float8")
     if (dtype := getattr(torch, name, None)) is not None
@@ -20,6 +20,10 @@ _WITHOUT_NUMPY = {
 #: The dtypes whose rows are bytes to us, with the names they have in a layout.
 DTYPE_NAMES: dict[torch.dtype, str] = {
     dtype: name for name in DTYPE_SIZES if (dtype := getattr(torch, name, None)) is not None
+}
+#: What NumPy calls the others.
+NUMPY_DTYPES: dict[torch.dtype, np.dtype[Any]] = {
+    dtype: np.dtype(name) for dtype, name in DTYPE_NAMES.items() if dtype not in AS_INTEGER
 }
 
 
@@ -61,6 +65,6 @@ def to_numpy(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
         plain = plain.resolve_conj().resolve_neg()
     if plain.device.type != "cpu":
         plain = plain.contiguous().cpu()
-    integer = _WITHOUT_NUMPY.get(plain.dtype)
+    integer = AS_INTEGER.get(plain.dtype)
     array: np.ndarray[Any, Any] = (plain if integer is None else plain.view(integer)).numpy()
     return array

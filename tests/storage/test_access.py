@@ -45,6 +45,7 @@ def as_user(user, function, *args, groups=(TEAM,), umask=0o022):
     """Run something in a child that is somebody else."""
 
     def run():
+        codecs.lookup("ascii")  # filelock asks for it, and this user may not be able to read the standard library
         os.setgroups(groups)
         os.setresgid(user, user, user)
         os.setresuid(user, user, user)

@@ -53,7 +53,7 @@ def encode_plain(value: object) -> bytes | None:
     """Return the bytes of an immutable plain value, or None if it is not one.
 
     Plain are int, float, complex, str, bool, None, bytes, enum members, torch dtypes, devices, layouts
-    and memory formats, slices, Ellipsis, and tuples (named ones too) of these.
+    and memory formats, slices, Ellipsis, paths, and tuples (named ones too) of these.
     """
     kind = type(value)
     if isinstance(value, int) and kind is int:
@@ -79,6 +79,8 @@ def encode_plain(value: object) -> bytes | None:
     if isinstance(value, tuple):
         items = [encode_plain(item) for item in value]
         return None if None in items else digest_parts([b"tuple", type_name(kind), *items])  # type: ignore[list-item]
+    if isinstance(value, pathlib.PurePath):
+        return b"path " + str(value).encode("utf-8", "surrogateescape")
     return None
 
 
@@ -191,7 +193,7 @@ class _Encoder:
         if isinstance(value, np.ndarray) and value.dtype.hasobject:
             return self._items(b"objects", [value.shape, *value.ravel().tolist()], path)
         if isinstance(value, (np.ndarray, np.generic)):
-            return _encode_array(np.asarray(value))
+            return encode_array(np.asarray(value))
         if isinstance(value, (tuple, list, deque)):
             return self.extend(self._items(name, list(value), path), value, path)
         if isinstance(value, (set, frozenset)):
@@ -219,8 +221,6 @@ class _Encoder:
             self.on_code(type(value))
             # Also those that are no fields, which __post_init__ may have set.
             return self._pairs(name, attributes_of(value) or {}, path)
-        if isinstance(value, pathlib.PurePath):
-            return b"path " + str(value).encode("utf-8", "surrogateescape")
         if isinstance(value, (date, datetime, time, timedelta, range, re.Pattern, np.dtype)):
             return name + b" " + repr(value).encode()
         for base in _PLAIN_BASES:
@@ -409,7 +409,8 @@ def _own_repr(value: object) -> str | None:
     return None if " at 0x" in shown else shown
 
 
-def _encode_array(array: np.ndarray[Any, Any]) -> bytes:
+def encode_array(array: np.ndarray[Any, Any]) -> bytes:
+    """Return the bytes of an array that holds no objects."""
     return digest_parts([b"array", str(array.dtype).encode(), str(array.shape).encode(), digest_bytes(array.tobytes())])
 
 

@@ -119,6 +119,8 @@ def unpack_many(
         The values, one item a layout; the positions of those missing or damaged; how many were damaged.
     """
     seed = seed_of(namespace)
+    if len(records) == 1:
+        return _unpack_one(seed, digests[0], records[0])
     sound: dict[Layout, list[tuple[list[int], Bytes2D]]] = {}
     missing: list[int] = []
     by_length: dict[int, list[int]] = {}
@@ -155,6 +157,18 @@ def unpack_many(
             missing += set(np.array(positions)[alike].tolist()) - set(kept)
             positions[:] = np.array(positions)[~alike].tolist()
     return [_join(layout, parts) for layout, parts in sound.items()], sorted(missing), len(missing) - absent
+
+
+def _unpack_one(seed: int, digest: bytes, record: memoryview | None) -> tuple[list[Found], list[int], int]:
+    """Do what ``unpack_many`` says for one record, without its bookkeeping."""
+    if record is None:
+        return [], [0], 0
+    try:
+        header = _read_header(record, seed, digest)
+    except CorruptRecordError:
+        return [], [0], 1
+    data, bad = _copy_out([record], header)
+    return ([], [0], 1) if bad else ([Found([0], header.layout, data)], [], 0)
 
 
 def unpack(namespace: bytes, digest: bytes, record: bytes | memoryview) -> tuple[Layout, bytes]:

@@ -1,0 +1,402 @@
+"""Calls that are one sample each (``batch_dim=None``), and batches along another dimension than the first."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections import OrderedDict, namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import nn
+
+from torchcache import ConfigError, UncacheableError, cache_of, torchcache
+
+Point = namedtuple("Point", "x y")  # noqa: PYI024 - an untyped one is what is tested
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+@dataclasses.dataclass
+class Sample:
+    image: torch.Tensor
+    label: int
+    name: str = ""
+
+
+def counted(function, **options):
+    """Return a cached function and the list of the arguments it was really called with."""
+    calls = []
+
+    def called(*args, **kwargs):
+        calls.append((args, kwargs))
+        return function(*args, **kwargs)
+
+    called.__qualname__ = f"counted {function.__qualname__}"
+    return torchcache(batch_dim=None, **options)(called), calls
+
+
+def two_calls(function, *args, **options):
+    """Call a cached function twice; return what both gave, which ran once."""
+    cached, calls = counted(function, **options)
+    first, second = cached(*args), cached(*args)
+    assert len(calls) == 1
+    return first, second
+
+
+def same(a, b):
+    """Tell whether two results are the same by type and by value."""
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and bytes_of(a) == bytes_of(b)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+    if isinstance(a, np.generic):
+        return a.dtype == b.dtype and a.tobytes() == b.tobytes()
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, float):
+        return repr(a) == repr(b) and math.copysign(1, a) == math.copysign(1, b)
+    if dataclasses.is_dataclass(a):
+        return same(vars(a), vars(b))
+    return a == b
+
+
+def bytes_of(tensor):
+    return bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+
+
+RESULTS = [
+    torch.tensor(3.5),
+    torch.tensor([1, 2, 3]),
+    torch.rand(2, 3, 4, 5),
+    torch.rand(0, 3),
+    torch.tensor([True, False]),
+    torch.rand(3).to(torch.bfloat16),
+    3,
+    -(2**80),
+    2**63,
+    True,
+    None,
+    0.1,
+    -0.0,
+    float("nan"),
+    1 + 2j,
+    "text",
+    "\ud800 lone",
+    "x" * 100_000,
+    b"",
+    b"bytes" * 10_000,
+    (),
+    [],
+    {},
+    Color.RED,
+    torch.float16,
+    torch.Size([2, 3]),
+    [1, "a", None, [2.5, {"k": b"v"}]],
+    (torch.rand(4), 7, "name"),
+    {"image": torch.rand(3, 2), "boxes": [torch.rand(4), torch.rand(2, 4)], "label": 1},
+    OrderedDict(b=1, a=torch.tensor(2)),
+    Point(1, torch.rand(2)),
+    Sample(torch.rand(2), 5, "five"),
+    np.arange(6).reshape(2, 3),
+    np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+    np.array(3.5, dtype=">f4"),
+    np.array(["ab", "c"]),
+    np.array(["2024-01-01"], dtype="datetime64[D]"),
+    np.zeros((0, 4), dtype=np.int8),
+    np.float32(1.5),
+    np.int64(-3),
+    np.bool_(True),
+    np.str_("text"),
+    (np.arange(3, dtype=np.float16), torch.arange(3), 3),
+]
+
+
+@pytest.mark.parametrize("value", RESULTS, ids=lambda value: f"{type(value).__name__}")
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_any_result_comes_back_by_value(tmp_path, value, where):
+    options = {} if where == "memory" else {
+        "persistent": True, "persistent_cache_dir": tmp_path, "max_memory_cache_size": 0
+    }  # fmt: skip
+    cached, calls = counted(lambda i: value, **options)
+    first = cached(1)
+    cache_of(cached).flush()
+    second = cached(1)
+    assert len(calls) == 1
+    assert same(first, value)
+    assert same(second, value)
+
+
+def modes():
+    gray = np.arange(48, dtype=np.uint8).reshape(6, 8)
+    image = Image.fromarray(gray)
+    palette = image.convert("P", palette=Image.Palette.ADAPTIVE, colors=5)
+    palette.info["transparency"] = 2
+    return [image, palette, image.convert("1"), *(image.convert(mode) for mode in ("RGB", "RGBA", "CMYK", "F", "I"))]
+
+
+@pytest.mark.parametrize("image", modes(), ids=lambda image: image.mode)
+def test_images_come_back_by_value(image):
+    first, second = two_calls(lambda i: {"image": image, "label": i}, 3)
+    for result in (first, second):
+        got = result["image"]
+        assert got.mode == image.mode
+        assert got.size == image.size
+        assert got.tobytes() == image.tobytes()
+        assert got.convert("RGBA").tobytes() == image.convert("RGBA").tobytes()
+    assert second["image"] is not image
+
+
+def test_an_image_that_was_opened_from_a_file_is_decoded_once(tmp_path):
+    modes()[3].save(tmp_path / "image.png")
+    first, second = two_calls(Image.open, tmp_path / "image.png")
+    assert first.tobytes() == second.tobytes()
+
+
+def test_what_is_returned_belongs_to_the_caller():
+    cached, _ = counted(lambda i: (torch.zeros(3), np.zeros(3), [1]))
+    for _ in range(3):
+        tensor, array, items = cached(1)
+        assert tensor.tolist() == array.tolist() == [0, 0, 0]
+        assert items == [1]
+        tensor += 1
+        array += 1
+        items.append(2)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ((1,), (True,)),
+        ((1,), (1.0,)),
+        (("1",), (1,)),
+        (([1, 2],), ((1, 2),)),
+        (([1, 2],), ([2, 1],)),
+        (([],), ({},)),
+        ((1, 2), ([1, 2],)),
+        (({"a": 1, "b": 2},), ({"b": 2, "a": 1},)),
+        ((torch.zeros(2),), (torch.zeros(2, 1),)),
+        ((torch.zeros(2),), (torch.zeros(2, dtype=torch.int32),)),
+        ((torch.tensor(0.0),), (torch.tensor(-0.0),)),
+        ((torch.zeros(3),), (np.zeros(3, dtype=np.float32),)),
+        ((np.zeros(3),), (np.zeros(3, dtype=np.int64),)),
+        ((np.zeros((2, 3)),), (np.zeros((3, 2)),)),
+        ((Path("a"),), ("a",)),
+        ((Path("a"),), (Path("b"),)),
+        (("a\ud800",), ("a",)),
+        (([torch.zeros(2), 1],), ([1, torch.zeros(2)],)),
+        ((Color.RED,), (1,)),
+    ],
+)
+def test_calls_that_differ_share_nothing(one, other):
+    cached, calls = counted(lambda *args: len(args))
+    cached(*one)
+    cached(*other)
+    assert len(calls) == 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.one_of(st.integers(), st.floats(), st.text(), st.binary(), st.booleans(), st.none()), max_size=5))
+def test_equal_plain_arguments_hit(values):
+    cached, calls = counted(lambda values: values)
+    a, b = cached(values), cached(list(values))
+    assert len(calls) == 1
+    assert same(a, b)
+
+
+def test_strides_do_not_count():
+    cached, calls = counted(lambda x: x.sum())
+    x = torch.rand(3, 4)
+    cached(x)
+    cached(x.t().contiguous().t())
+    assert len(calls) == 1
+
+
+def test_the_name_of_an_argument_counts_and_its_way_does_not():
+    cached, calls = counted(lambda a=0, b=0: a - b)
+    del calls[:]
+
+    def difference(a=0, b=0):
+        calls.append((a, b))
+        return a - b
+
+    cached = torchcache(batch_dim=None)(difference)
+    assert (cached(1), cached(a=1), cached(1, 0), cached(b=1)) == (1, 1, 1, -1)
+    assert calls == [(1, 0), (0, 1)]
+
+
+def test_many_calls_share_one_namespace(tmp_path):
+    cached, _ = counted(lambda i: (torch.full((3,), i), i, str(i)), persistent=True, persistent_cache_dir=tmp_path)
+    for i in range(300):
+        cached(i)
+    cache = cache_of(cached)
+    cache.flush()
+    first, second = cache.explain(1), cache.explain(2)
+    assert first.namespace == second.namespace
+    assert first.samples[0].found_in == "memory"
+    cache.close()
+    for i in range(300):
+        tensor, number, text = cached(i)
+        assert (tensor.tolist(), number, text) == ([i] * 3, i, str(i))
+    assert cache.stats().store_hits == 300
+
+
+def test_a_module_s_weights_count():
+    class Scale(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.factor = nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x):
+            return x * self.factor, "text"
+
+    module = torchcache(batch_dim=None)(Scale().requires_grad_(False))
+    assert module(torch.tensor(3.0))[0] == 6
+    module.factor += 1
+    assert module(torch.tensor(3.0))[0] == 9
+
+
+def test_cache_dtype_concerns_tensors_alone():
+    first, second = two_calls(lambda i: (torch.tensor([1 / 3]), 1 / 3, np.array([1 / 3])), 1, cache_dtype=torch.half)
+    for tensor, number, array in (first, second):
+        assert tensor.dtype == torch.float32
+        assert tensor.item() == torch.tensor(1 / 3).half().item()
+        assert number == array[0] == 1 / 3
+
+
+def test_random_numbers_are_noticed():
+    cached, calls = counted(lambda i: torch.rand(2))
+    assert not torch.equal(cached(1), cached(1))
+    assert len(calls) == 2
+    assert cache_of(cached).stats().bypasses["random_numbers"] == 2
+
+
+def test_an_audit_compares_all_values(caplog):
+    numbers = iter(range(100))
+    cached, _ = counted(lambda i: [np.array([1.0]), "text", next(numbers)], verify_hits=1.0)
+    cached(1)
+    cached(1)
+    assert cache_of(cached).stats().mismatched_rows == 1
+
+
+def test_audited_calls_that_agree_stay():
+    cached, _ = counted(lambda i: [torch.ones(3), np.array(["a"]), "text", 1, b"x", None, 1j], verify_hits=1.0)
+    for _ in range(3):
+        cached(1)
+    stats = cache_of(cached).stats()
+    assert (stats.verified_rows, stats.mismatched_rows) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("argument", "named"),
+    [(nn.Linear(1, 1), "Linear"), (object(), "object"), (lambda: 0, "function"), (np.array([object()]), "ndarray")],
+)
+def test_an_argument_that_cannot_be_named_is_refused(argument, named):
+    with pytest.raises(UncacheableError, match=f"argument 'x'.*{named}") as refused:
+        torchcache(batch_dim=None)(lambda x: 1)(argument)
+    assert refused.value.argument == "x"
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, np.array([object()]), np.zeros(2, dtype="i4,f4"), range(3)])
+def test_a_result_that_cannot_be_stored_is_refused(value):
+    with pytest.raises(UncacheableError, match="the cached call returned"):
+        torchcache(batch_dim=None)(lambda x: [value])(1)
+
+
+def test_sparse_tensors_go_around():
+    cached, calls = counted(lambda x: x)
+    for _ in range(2):
+        cached(torch.eye(2).to_sparse())
+    assert len(calls) == 2
+    assert cache_of(cached).stats().bypasses == {"sparse_tensor": 2}
+
+
+def test_unbatched_has_no_meaning_for_them():
+    with pytest.raises(ConfigError, match="unbatched has no meaning") as refused:
+        torchcache(batch_dim=None, unbatched=("x",))(lambda x: x)
+    assert refused.value.argument == "unbatched"
+
+
+# -- another dimension ----------------------------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    """Sequence first, as recurrent layers are by default."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(3, 5)
+        self.seen = []
+
+    def forward(self, x, mask=None):
+        self.seen.append(x.shape[1])
+        y = self.lstm(x)[0]
+        return y if mask is None else (y * mask, mask)
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+def test_the_batch_may_lie_along_another_dimension(with_mask):
+    plain, x = Recurrent().eval().requires_grad_(False), torch.rand(7, 6, 3)
+    mask = torch.rand(7, 6, 1).round() if with_mask else None
+    expected = plain(x, mask)
+    module = torchcache(batch_dim=1)(plain)
+    del module.seen[:]
+
+    def part(columns):
+        return module(x[:, columns], mask if mask is None else mask[:, columns])
+
+    def check(got, columns):
+        got, want = (got, expected) if with_mask else ((got,), (expected,))
+        for a, b in zip(got, want, strict=True):
+            assert a.is_contiguous()
+            assert torch.allclose(a, b[:, columns], atol=1e-6)
+
+    check(part([0, 1, 2]), [0, 1, 2])
+    check(part([3, 1, 4]), [3, 1, 4])
+    check(part([4, 0, 3]), [4, 0, 3])
+    check(part([5, 5]), [5, 5])
+    assert module.seen == [3, 3, 1]  # one row more with the second: the check of rows
+    assert cache_of(module).stats().misses == 6
+
+
+@pytest.mark.parametrize("batch_dim", [-1, True, 1.0, "1"])
+def test_a_dimension_that_is_none_is_refused(batch_dim):
+    with pytest.raises(ConfigError, match="batch_dim=") as refused:
+        torchcache(batch_dim=batch_dim)
+    assert refused.value.argument == "batch_dim"
+
+
+def test_a_tensor_without_that_dimension_is_refused():
+    cached = torchcache(batch_dim=1)(lambda x, y: x)
+    with pytest.raises(UncacheableError, match="'y' has shape \\(3,\\) and so no dimension 1") as refused:
+        cached(torch.rand(2, 3), torch.rand(3))
+    assert refused.value.argument == "y"
+
+
+@pytest.mark.parametrize("result", [torch.rand(3), torch.rand(3, 2), torch.rand(3, 4, 2)])
+def test_a_result_without_that_dimension_is_refused(result):
+    with pytest.raises(UncacheableError, match="dimension 1 of the result must be the batch"):
+        torchcache(batch_dim=1)(lambda x: result)(torch.rand(2, 3))
+
+
+def test_calls_along_different_dimensions_share_nothing(tmp_path):
+    def total(x):
+        return x.cumsum(0)
+
+    hashes = {
+        cache_of(torchcache(batch_dim=dim, persistent=True, persistent_cache_dir=tmp_path)(total)).module_hash
+        for dim in (0, 1, None)
+    }
+    assert len(hashes) == 3
