@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torchcache.cache import Cache, disabled, flush_all
     from torchcache.decorator import cache_of, torchcache
     from torchcache.options import CacheOptions
+    from torchcache.own_keys import sample_keys
 
 __version__ = "1.0.0.dev0"
 
@@ -42,6 +43,7 @@ __all__ = [
     "cache_of",
     "disabled",
     "flush_all",
+    "sample_keys",
     "set_logger_config",
     "torchcache",
 ]
@@ -52,6 +54,7 @@ _WITH_TORCH = {
     "cache_of": "torchcache.decorator",
     "disabled": "torchcache.cache",
     "flush_all": "torchcache.cache",
+    "sample_keys": "torchcache.own_keys",
     "torchcache": "torchcache.decorator",
 }
 

@@ -42,6 +42,10 @@ class Tensors:
     def digests(self, n: int) -> list[bytes]:
         return digest_rows(flat_bytes(self.tensor.movedim(self.batch_dim, 0) if self.batch_dim else self.tensor), n)
 
+    def digest(self, position: int) -> bytes:
+        """Return the digest of one row."""
+        return digest_bytes(flat_bytes(self.row(position)))
+
     def encode(self) -> bytes:
         """Return the bytes of all of it, for one that all samples share."""
         kind = unsupported_kind(self.tensor)
@@ -80,7 +84,10 @@ class Texts:
         return f"texts {self.name}", b""
 
     def digests(self, n: int) -> list[bytes]:  # noqa: ARG002 - as of Tensors
-        return [digest_bytes(encode_plain(text) or b"") for text in self.texts]
+        return [self.digest(position) for position in range(len(self.texts))]
+
+    def digest(self, position: int) -> bytes:
+        return digest_bytes(encode_plain(self.texts[position]) or b"")
 
     def encode(self) -> bytes:
         return digest_parts([encode_plain(text) or b"" for text in self.texts])

@@ -31,13 +31,14 @@ from torchcache.explanation import Explanation, SampleExplanation
 from torchcache.flights import Flight, Flights
 from torchcache.identity import Function, Identity, Look, Target
 from torchcache.keys.code import unwrap
-from torchcache.keys.digest import digest_parts
+from torchcache.keys.digest import combine, digest_parts
 from torchcache.keys.ranks import collectives_done, is_in_a_job
 from torchcache.layout import Found, Rows
 from torchcache.log import warn_once
 from torchcache.memory import MemoryTier
 from torchcache.options import CacheOptions
 from torchcache.outputs import detached, unsupported_leaf
+from torchcache.own_keys import WatchedKeys, current_keys, keys_in_force
 from torchcache.padding import PaddedResults, follow_length
 from torchcache.reasons import remedy_for
 from torchcache.recheck import Verdicts, Witness, largest_row, row_distance, tolerance
@@ -123,6 +124,7 @@ class _Call:
     sink: LmdbStore | None
     namespace: bytes
     digests: list[bytes] = field(default_factory=list)
+    keys: Sequence[bytes] | None = None  # of the user's own
     landings: int = 0  # of other threads' flights, before the tiers were asked
 
     def rows_at(self, positions: Sequence[int]) -> list[bytes]:
@@ -184,6 +186,7 @@ class Cache:
         self._flights = Flights()
         self._known = KnownClasses()
         self._sizes_of_plain: dict[bytes, set[int]] = {}  # batch sizes that gave equal plain values
+        self._watched_keys = WatchedKeys()
         self._followed: dict[bytes, Sequence[Sequence[int]]] = {}  # what of padded results is as long as the mask
         self._chance = random.Random(os.urandom(16))  # noqa: S311 - chooses samples; the global one is the user's
         self._devices: tuple[torch.device, ...] = ()  # where the last computed result had its leaves
@@ -281,13 +284,16 @@ class Cache:
         reason = self._verdict_against(namespace)
         if reason:
             return self._bypass(reason, function, args, kwargs, rows=batch.n)
+        keys = current_keys(batch.n) if batch.is_divisible else None
         store, options = self._open(look), self.options
         call = _Call(
             function, args, kwargs, batch, store if options.looks_up else None, store if options.writes else None,
-            namespace, landings=self._flights.landings,
+            namespace, keys=keys, landings=self._flights.landings,
         )  # fmt: skip
         try:
-            call.digests = batch.digests(signature)
+            call.digests = batch.digests(signature) if call.keys is None else combine(signature, [[*call.keys]])
+            if call.keys is not None and not self._keys_agree(call):
+                return self._go_around("sample_key_of_other_inputs", call)
             found, missing = self._look_up(call) if options.looks_up else ([], [*range(batch.n)])
             # The store may have brought the verdict of another process.
             if self._verdicts.of(call.namespace) is Verdict.DEPENDENT:
@@ -305,6 +311,11 @@ class Cache:
             self.on_fault(error, 0)
             return self._go_around("result_cannot_be_rebuilt", call)
         return self._compute(call, found, missing, doubted)
+
+    def _keys_agree(self, call: _Call) -> bool:
+        """Tell whether keys of the user's own stand for the inputs that they stood for before."""
+        watched = self._watched_keys.choose(call.digests)
+        return all(self._watched_keys.agree(call.digests[p], call.batch.digest(p)) for p in watched)
 
     def _look(self) -> Look:
         """Name the present state, and say why a call in it is not cached, if so."""
@@ -495,7 +506,12 @@ class Cache:
         try:
             if not is_as_given:
                 args, kwargs, results = call.batch.select(positions, None if witness is None else witness.row)
-            with torch.no_grad():
+            keys = call.keys
+            if keys is not None and not is_as_given:
+                keys = [keys[p] for p in positions]
+                if witness is not None and witness.row is not None:
+                    keys.append(witness.key or b"")
+            with torch.no_grad(), keys_in_force(keys):
                 output = call.function(*args, **kwargs)
         except Exception as error:
             if is_as_given:
@@ -608,7 +624,7 @@ class Cache:
         for other_width in (length,) if length < width else (width + 1, width - 1):
             try:
                 args, kwargs, results = call.batch.alone(position, other_width)
-                with torch.no_grad():
+                with torch.no_grad(), keys_in_force(None if call.keys is None else [call.keys[position]]):
                     tree = results.flatten(call.function(*args, **kwargs))
             except Exception as error:  # noqa: BLE001 - whatever a foreign forward raises for another length
                 failure = error
@@ -679,7 +695,8 @@ class Cache:
         if call.batch.n == 1 and self._verdicts.is_single(call.namespace):
             return None
         witness = self._verdicts.witness(call.namespace)
-        if witness is not None and witness.marks == self._identity.marks():
+        has_key = witness is not None and witness.key is not None
+        if witness is not None and witness.marks == self._identity.marks() and (has_key or call.keys is None):
             return witness
         if found and not self.options.persistent_module_hash:
             item = found[0]
@@ -696,7 +713,8 @@ class Cache:
             row = largest_row(rows.data, rows.layout, call.batch.results, self._known)
             position = rows.positions[row]
             cached = Found([position], rows.layout, rows.data[row : row + 1].copy())
-            self._verdicts.leave(call.namespace, Witness(call.batch.row(position), cached, marks))
+            key = None if call.keys is None else call.keys[position]
+            self._verdicts.leave(call.namespace, Witness(call.batch.row(position), cached, marks, key))
 
     def _agrees(
         self, call: _Call, witness: Witness, row: int, parts: Sequence[Found], tensors: Sequence[torch.Tensor]
@@ -901,7 +919,10 @@ class Cache:
         signature = batch.signature()
         namespace = self._namespace_of(look, batch.form(signature))
         reason = reason or self._verdict_against(namespace)
+        keys = current_keys(batch.n) if batch.is_divisible else None
         digests = [] if batch.bypass_reason() else batch.digests(signature)
+        if keys is not None:
+            digests = combine(signature, [[*keys]])
         places = ["nowhere"] * len(digests)
         if reason is None and digests:
             places = self._places(look, namespace, digests)

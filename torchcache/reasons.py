@@ -33,6 +33,8 @@ REMEDIES = {
     "stand still",
     "fully_masked_row": "the mask leaves nothing of a row, so its result may depend on how far it is padded; leave "
     "such rows out of the batch",
+    "sample_key_of_other_inputs": "a key that sample_keys() was given came with other inputs before; give each input a "
+    "key of its own, for example one that also names the augmentation",
     "rows_do_not_stack": "the rows of one batch have results of different shapes or plain values",
     "result_cannot_be_rebuilt": "a class of the result refuses to be rebuilt from its parts",
     "opaque_weights": "weights are tensors without plain bytes (sparse, quantized), so that a change of theirs could "

@@ -55,11 +55,13 @@ class Witness:
         row: Its rows of the tensor arguments, as ``Batch.row`` gave them; None if it is in the batch itself.
         cached: Its value, at its position in the batch if it is in there.
         marks: Of the weights it was computed with.
+        key: Of the user's own, if it had one.
     """
 
     row: tuple[torch.Tensor, ...] | None
     cached: Found
     marks: object = None
+    key: bytes | None = None
 
 
 class Verdicts:

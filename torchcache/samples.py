@@ -306,6 +306,10 @@ class Batch:
         """Return the 16-byte digest of each sample, in order."""
         return combine(signature, [leaf.digests(self.n) for leaf in self._leaves])
 
+    def digest(self, position: int) -> bytes:
+        """Return the digest of one sample's inputs."""
+        return digest_parts([leaf.digest(position) for leaf in self._leaves])
+
     def row(self, position: int) -> tuple[Any, ...]:
         """Return copies of one sample's rows, each a batch of one, as ``select`` takes them."""
         return tuple(leaf.row(position) for leaf in self._leaves)
