@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tests.storage.known_values import forget_environments
-from torchcache import CacheMissError, ConfigError, cache_of, disabled, torchcache
+from torchcache import CacheMissError, ConfigError, cache_of, disabled, sample_keys, torchcache
 from torchcache.flights import Flights
 from torchcache.storage import temporary
 
@@ -451,6 +451,35 @@ def test_require_without_anything_that_could_answer_is_refused(options):
     with pytest.raises(ConfigError, match="persistent=True and persistent_cache_dir") as caught:
         torchcache(mode="require", **options)(nn.Linear(2, 2))
     assert caught.value.argument == "mode"
+
+
+@pytest.mark.parametrize("options", [{"batch_dim": None}, {"batch_dim": 1}], ids=["one sample", "another dimension"])
+def test_every_mode_holds_for_calls_of_another_kind(factor, cache_dir, options):
+    requiring, sizes = make(factor, cache_dir, mode="require", **options)
+    with pytest.raises(CacheMissError) as caught:
+        requiring(X)
+    assert len(caught.value.missing) == len(caught.value.explanation.samples)
+    writing, _ = make(factor, cache_dir, **options)
+    writing(X)
+    assert writing.cache_instance.flush()
+    assert torch.equal(requiring(X), X * 2)
+    factor.write_text("3")
+    refreshing, _ = make(factor, cache_dir, mode="refresh", **options)
+    assert torch.equal(refreshing(X), X * 3)
+    assert refreshing.cache_instance.flush()
+    reading, _ = make(factor, cache_dir, mode="read", **options)
+    assert torch.equal(reading(X), X * 3)
+    assert (stats_of(reading).misses, sizes) == (0, [])
+
+
+def test_refresh_replaces_what_stands_under_keys_of_the_users_own(factor, cache_dir):
+    ids = ["a", "b", "c", "d"]
+    for mode, text in (("on", "2"), ("refresh", "3"), ("read", "4")):
+        factor.write_text(text)
+        scaled, _ = make(factor, cache_dir, mode=mode)
+        with sample_keys(ids):
+            assert torch.equal(scaled(X), X * (2 if mode == "on" else 3))
+        assert scaled.cache_instance.flush()
 
 
 # -- per instance ---------------------------------------------------------------------------------------------------
