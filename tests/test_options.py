@@ -22,6 +22,7 @@ SECONDS = ["queue_timeout_seconds", "lock_timeout_seconds", "flush_timeout_secon
 #: Another legal value than the default, for each option.
 OTHER = {
     "enabled": False,
+    "mode": "refresh",
     "persistent": True,
     "persistent_cache_dir": "/somewhere/else",
     "persistent_module_hash": "mine",
@@ -314,7 +315,12 @@ def test_a_version_that_is_no_text_is_refused(value):
 
 @pytest.mark.parametrize(
     ("name", "value", "right"),
-    [("eviction", "stail", "'stale'"), ("when_grad", "detatch", "'detach'"), ("shared", "grup", "'group'")],
+    [
+        ("eviction", "stail", "'stale'"),
+        ("when_grad", "detatch", "'detach'"),
+        ("shared", "grup", "'group'"),
+        ("mode", "required", "'require'"),
+    ],
 )
 def test_a_wrong_choice_gets_the_choices_and_the_nearest(name, value, right):
     message = refusal_of(**{name: value})
@@ -322,7 +328,7 @@ def test_a_wrong_choice_gets_the_choices_and_the_nearest(name, value, right):
     assert "must be one of" in message
 
 
-@pytest.mark.parametrize("name", ["eviction", "when_grad"])
+@pytest.mark.parametrize("name", ["eviction", "mode", "when_grad"])
 @pytest.mark.parametrize("value", [None, 1, True, ["stale"]], ids=repr)
 def test_a_choice_that_is_no_text_is_refused(name, value):
     assert "must be one of" in refusal_of(**{name: value})

@@ -13,7 +13,11 @@ import pytest
 import torchcache
 import torchcache.errors
 
-ERRORS = [value for value in vars(torchcache.errors).values() if inspect.isclass(value)]
+ERRORS = [
+    value
+    for value in vars(torchcache.errors).values()
+    if inspect.isclass(value) and value.__module__ == torchcache.errors.__name__
+]
 
 
 def test_all_is_sorted():
@@ -81,6 +85,7 @@ def test_errors_are_what_callers_catch():
     assert issubclass(torchcache.UncacheableError, ValueError)
     assert issubclass(torchcache.UncacheableError, TypeError)
     assert issubclass(torchcache.StoreError, OSError)
+    assert issubclass(torchcache.CacheMissError, LookupError)
 
 
 # -- the reference page ----------

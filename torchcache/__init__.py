@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from torchcache.errors import (
+    CacheMissError,
     ConfigError,
     CorruptRecordError,
     StoreError,
@@ -29,6 +30,7 @@ __version__ = "1.0.0.dev0"
 
 __all__ = [
     "Cache",
+    "CacheMissError",
     "CacheOptions",
     "CacheStats",
     "ConfigError",

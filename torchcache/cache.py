@@ -8,7 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from threading import local
@@ -19,7 +19,14 @@ import numpy as np
 import torch
 
 from torchcache import process
-from torchcache.errors import ConfigError, CorruptRecordError, StoreError, TorchcacheError, UncacheableError
+from torchcache.errors import (
+    CacheMissError,
+    ConfigError,
+    CorruptRecordError,
+    StoreError,
+    TorchcacheError,
+    UncacheableError,
+)
 from torchcache.explanation import Explanation, SampleExplanation
 from torchcache.flights import Flight, Flights
 from torchcache.identity import Function, Identity, Look, Target
@@ -59,6 +66,11 @@ _REDUCER_WAITS = (
     "required grad when it was made, and the second iteration fails with 'Expected to have finished reduction in the "
     "prior iteration'"
 )
+
+#: So many samples that are not cached are named in an error, and so many parts of a key of one kind: a large model has
+#: hundreds of weights.
+_MOST_SAMPLES_NAMED = 5
+_MOST_PARTS_NAMED = 16
 
 #: So many forms of plain values beside tensors are watched for batch sizes, and of results for what follows a length.
 _MOST_FORMS = 1024
@@ -102,13 +114,14 @@ def flush_all(timeout_seconds: float | None = None) -> bool:
 
 @dataclass(slots=True)
 class _Call:
-    """One cached call under way."""
+    """One cached call under way; ``source`` is where rows are looked up on disk, ``sink`` where they are written."""
 
     function: Function
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     batch: Batch
-    store: LmdbStore | None
+    source: LmdbStore | None
+    sink: LmdbStore | None
     namespace: bytes
     digests: list[bytes] = field(default_factory=list)
     keys: Sequence[bytes] | None = None  # of the user's own
@@ -181,6 +194,7 @@ class Cache:
         self._opening = process.ForkLock()  # guards what is made at first use
         self._memory: MemoryTier | None = None
         self._stores: dict[tuple[str, bool], LmdbStore | None] = {}
+        self._last_fault = ""  # for who asks why a call missed
 
     def __repr__(self) -> str:
         return f"<torchcache.Cache of {self._target.name}>"
@@ -222,6 +236,7 @@ class Cache:
         Raises:
             UncacheableError: If the call has no batch, an argument that cannot be named, or a result whose
                 rows are not the batch's.
+            CacheMissError: If ``mode="require"`` and something would have to be computed.
             Exception: Whatever ``function`` raises.
         """
         if torch.compiler.is_compiling():
@@ -235,7 +250,7 @@ class Cache:
         """Do what ``call`` says, never to be traced by torch.compile."""
         key = id(self)
         active = _calling.__dict__.setdefault("active", set())
-        if key in active or is_disabled():
+        if key in active or is_disabled() or self.options.mode == "off":
             return function(*args, **kwargs)
         active.add(key)
         try:
@@ -260,6 +275,8 @@ class Cache:
         if reason:
             return self._bypass(reason, function, args, kwargs, rows=batch.n, evidence=look.evidence)
         if not batch.n:
+            if self.options.mode == "require":
+                raise self._miss(function, args, kwargs, reason="empty_batch")
             with torch.no_grad():
                 return detached(function(*args, **kwargs))
         signature = batch.signature()
@@ -268,20 +285,24 @@ class Cache:
         if reason:
             return self._bypass(reason, function, args, kwargs, rows=batch.n)
         keys = current_keys(batch.n) if batch.is_divisible else None
+        store, options = self._open(look), self.options
         call = _Call(
-            function, args, kwargs, batch, self._open(look), namespace, keys=keys, landings=self._flights.landings
+            function, args, kwargs, batch, store if options.looks_up else None, store if options.writes else None,
+            namespace, keys=keys, landings=self._flights.landings,
         )  # fmt: skip
         try:
             call.digests = batch.digests(signature) if call.keys is None else combine(signature, [[*call.keys]])
             if call.keys is not None and not self._keys_agree(call):
                 return self._go_around("sample_key_of_other_inputs", call)
-            found, missing = self._look_up(call)
+            found, missing = self._look_up(call) if options.looks_up else ([], [*range(batch.n)])
             # The store may have brought the verdict of another process.
             if self._verdicts.of(call.namespace) is Verdict.DEPENDENT:
                 return self._go_around("rows_depend_on_batch", call)
             if not batch.results.do_stack(found):
                 return self._go_around("rows_do_not_stack", call)
-            doubted = self._choose(found) if self.options.verify_hits else []
+            if missing and options.mode == "require":
+                raise self._miss(function, args, kwargs, missing=missing)
+            doubted = self._choose(found) if options.verify_hits and options.mode != "require" else []
             if not missing and not doubted:
                 return self._assemble(found, batch)
         except MemoryError:
@@ -329,7 +350,7 @@ class Cache:
         digests = call.digests
         found, missing = self._fetch("memory", call, range(len(digests)))
         for tier in ("queue", "store"):
-            if not missing or call.store is None:
+            if not missing or call.source is None:
                 break
             # Equal rows are fetched once; the others of their kind are filled in from it.
             unique = sorted({digests[p]: p for p in reversed(missing)}.values()) if len(missing) > 1 else missing
@@ -357,9 +378,9 @@ class Cache:
                 if self._memory is not None:
                     found, missing = self._memory.get_many(call.namespace, wanted)
             elif tier == "queue":
-                found, missing = writer.get_many(_needed(call.store), call.namespace, wanted)
+                found, missing = writer.get_many(_needed(call.source), call.namespace, wanted)
             else:
-                found, missing = self._fetch_from_store(_needed(call.store), call.namespace, wanted)
+                found, missing = self._fetch_from_store(call, wanted)
         except Exception as error:  # noqa: BLE001 - no fault of a tier leaves a cached call
             self.on_fault(error, 0)
             return [], list(positions)
@@ -377,16 +398,15 @@ class Cache:
             [positions[p] for p in missing],
         )
 
-    def _fetch_from_store(
-        self, store: LmdbStore, namespace: bytes, digests: Sequence[bytes]
-    ) -> tuple[list[Found], list[int]]:
-        lookup = store.get_many(namespace, digests)
+    def _fetch_from_store(self, call: _Call, digests: Sequence[bytes]) -> tuple[list[Found], list[int]]:
+        namespace, sink = call.namespace, call.sink
+        lookup = _needed(call.source).get_many(namespace, digests)
         if lookup.corrupt:
             self._note_fault("corrupt_record", "records fail their check", amount=lookup.corrupt)
         if lookup.verdict is not Verdict.UNKNOWN and self._verdicts.of(namespace) is Verdict.UNKNOWN:
             self._verdicts.note(namespace, lookup.verdict)
-        if lookup.found and store.needs_touch(namespace):
-            self._do(store, partial(store.touch, namespace))
+        if lookup.found and sink is not None and sink.needs_touch(namespace):
+            self._do(sink, partial(sink.touch, namespace))
         return lookup.found, lookup.missing
 
     def _choose(self, found: Sequence[Found]) -> list[int]:
@@ -411,7 +431,7 @@ class Cache:
             try:
                 joined = self._flights.claim(flight, call.rows_at(wanted), joins=joins)
                 own = [p for i, p in enumerate(wanted) if i not in joined]
-                if self._flights.landings != call.landings:
+                if self._flights.landings != call.landings and self.options.looks_up:
                     landed, own = self._fetch("memory", call, own)
                     computed += landed
                 outcome = self._forward_rows(call, own, doubted, found) if own or doubted else _NOTHING
@@ -543,9 +563,14 @@ class Cache:
         reason = effect or self._reason_to_drop(call, rows, total, is_settled=is_settled)
         if reason:
             self._counters.add_to("dropped_rows", reason, n)
+            if not self.options.looks_up:
+                self._forget(call, [call.digests[p] for p in own])
         else:
             for item in rows:
-                self._keep(call, item)
+                if self.options.looks_up:
+                    self._keep(call, item)
+                else:
+                    self._replace(call, item)
         if own and is_settled:
             # Also where a plain value may be the batch size: one row more settles that.
             self._leave_witness(call, computed[0])
@@ -710,14 +735,14 @@ class Cache:
         """Note that the rows of a namespace depend on their batch, and forget them all."""
         if self._memory is not None:
             self._memory.delete_namespace(call.namespace)
-        if call.store is not None:
-            writer.forget(call.store, call.namespace)
+        if call.sink is not None:
+            writer.forget(call.sink, call.namespace)
         self._judge(call, Verdict.DEPENDENT)
 
     def _judge(self, call: _Call, verdict: Verdict) -> None:
         self._verdicts.note(call.namespace, verdict)
-        if call.store is not None:
-            self._do(call.store, partial(call.store.judge, call.namespace, verdict))
+        if call.sink is not None:
+            self._do(call.sink, partial(call.sink.judge, call.namespace, verdict))
 
     def _distance(self, call: _Call, cached: Found, row: int, parts: Sequence[Found]) -> float | None:
         """Return how far a cached value and what was computed at ``row`` are apart."""
@@ -758,15 +783,12 @@ class Cache:
             self._say(
                 "verify_hits",
                 f"the cached value of sample {position} ({digest.hex()}) is {apart:.2g} of its norm away from what "
-                f"was computed again, more than {allowed:g}; it is replaced. Look at explain() for what the key misses",
+                f"was computed again, more than {allowed:g}; it is replaced"
+                + ("" if self.options.writes else ", in memory only since mode='read'")
+                + ". Look at explain() for what the key misses",
             )
-            if self._memory is not None:
-                self._memory.delete_many(call.namespace, [digest])
-            if call.store is not None:
-                writer.forget(call.store, call.namespace, [digest])
-                self._do(call.store, partial(call.store.delete_many, call.namespace, [digest]))
             (item,) = _at_positions(_rows_at(parts, [row]), [position])
-            self._keep(call, Rows([digest], item.layout, item.data.copy()))
+            self._replace(call, Rows([digest], item.layout, item.data.copy()))
             differ.append(item)
         return differ
 
@@ -783,31 +805,52 @@ class Cache:
 
     # -- keeping ------------------------------------------------------------------------------------------------
 
-    def _keep(self, call: _Call, rows: Rows) -> None:
+    def _replace(self, call: _Call, rows: Rows) -> None:
+        """Keep rows in place of what is cached for their samples."""
+        if self._memory is not None:
+            self._memory.delete_many(call.namespace, rows.digests)
+        if not self._keep(call, rows, replaces=True):
+            self._forget_on_disk(call, rows.digests)
+
+    def _forget(self, call: _Call, digests: Sequence[bytes]) -> None:
+        """Forget what is cached for samples that came out otherwise now and cannot be kept."""
+        if self._memory is not None:
+            self._memory.delete_many(call.namespace, digests)
+        self._forget_on_disk(call, digests)
+
+    def _forget_on_disk(self, call: _Call, digests: Sequence[bytes]) -> None:
+        if call.sink is not None:
+            writer.forget(call.sink, call.namespace, digests)
+            self._do(call.sink, partial(call.sink.delete_many, call.namespace, digests))
+
+    def _keep(self, call: _Call, rows: Rows, *, replaces: bool = False) -> bool:
+        """Keep rows in memory and hand them to the writer; return whether it took them."""
         self._remember(call.namespace, rows)
-        if call.store is None:
-            return
+        if call.sink is None:
+            return False
         queue_bytes, flush_seconds = self.options.queue_bytes, self._flush_seconds()
         if queue_bytes is None:
             queue_bytes = WORKER_QUEUE_BYTES if process.is_child() else DEFAULT_QUEUE_BYTES
         try:
             accepted = writer.put(
-                call.store,
+                call.sink,
                 self,
                 call.namespace,
                 rows,
                 queue_bytes=queue_bytes,
                 timeout_seconds=self.options.queue_timeout_seconds,
                 flush_seconds=flush_seconds,
+                replaces=replaces,
             )
         except Exception as error:  # noqa: BLE001 - no fault of a tier leaves a cached call
             self.on_fault(error, len(rows.digests))
-            return
+            return False
         if not accepted:
             self._counters.add_to("dropped_rows", "queue_full", len(rows.digests))
             self._say(
                 "queue_full", "the write queue stayed full for queue_timeout_seconds; rows are not stored on disk"
             )
+        return accepted
 
     def _do(self, store: LmdbStore, task: Callable[[Callable[[], bool]], object]) -> None:
         writer.do(store, self, task, flush_seconds=self._flush_seconds())
@@ -862,10 +905,16 @@ class Cache:
             raise ConfigError(f"the {self._target.name} of this cache is gone; keep a reference to the module")
         if self._target.is_method and isinstance(function, FunctionType):
             function = function.__get__(module)
+        explanation = self._explain(function, args, kwargs)
+        print(explanation)  # noqa: T201 - that is what was asked for
+        return explanation
+
+    def _explain(self, function: Function, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Explanation:
         batch = self._signature_of(function).split(args, kwargs)
         identity = self._identity.apart()
         look = identity.look()
-        reason = "disabled" if is_disabled() else batch.bypass_reason() or look.reason or self._grad_reason()
+        is_off = is_disabled() or self.options.mode == "off"
+        reason = "disabled" if is_off else batch.bypass_reason() or look.reason or self._grad_reason()
         parts = [*identity.describe(), *((name, digest_parts([value])) for name, value in batch.shared_parts())]
         signature = batch.signature()
         namespace = self._namespace_of(look, batch.form(signature))
@@ -877,7 +926,7 @@ class Cache:
         places = ["nowhere"] * len(digests)
         if reason is None and digests:
             places = self._places(look, namespace, digests)
-        explanation = Explanation(
+        return Explanation(
             target=self._target.name,
             module_hash=look.module_hash,
             namespace=namespace.hex(),
@@ -888,8 +937,6 @@ class Cache:
                 for digest, place in zip(digests, places, strict=True)
             ),
         )
-        print(explanation)  # noqa: T201 - that is what was asked for
-        return explanation
 
     def _places(self, look: Look, namespace: bytes, digests: Sequence[bytes]) -> list[str]:
         """Say of each sample which tier has it."""
@@ -925,12 +972,19 @@ class Cache:
     def clear(self) -> None:
         """Forget every value of this module hash: in memory, and on disk for all processes.
 
-        What another process has in memory stays there.
+        What another process has in memory stays there. In ``mode="read"`` and ``"require"`` the disk is left as it
+        is, which the log says.
         """
         self.flush()
         self._verdicts.clear()
         if self._memory is not None:
             self._memory.clear()
+        if not self.options.writes:
+            if self._open_stores():
+                self._say(
+                    "clear", f"clear() empties memory only, since mode={self.options.mode!r} writes nothing to disk"
+                )
+            return
         for store in self._open_stores():
             try:
                 store.delete_all()
@@ -1002,6 +1056,9 @@ class Cache:
         options = self.options
         if not options.persistent or not options.max_persistent_cache_size or not look.module_hash:
             return None
+        is_temporary = look.is_private or options.persistent_cache_dir is None
+        if options.mode == "off" or (is_temporary and not options.writes):
+            return None
         settings = StoreSettings(
             budget_bytes=options.max_persistent_cache_size,
             eviction=options.eviction,
@@ -1013,9 +1070,13 @@ class Cache:
             if look.is_private or options.persistent_cache_dir is None:
                 directory = CacheDirectory(temporary_directory(), before_turn=temporary_directory)
             else:
-                directory = CacheDirectory(options.persistent_cache_dir, GROUP if options.shared else PRIVATE)
+                access = GROUP if options.shared else PRIVATE
+                directory = CacheDirectory(
+                    options.persistent_cache_dir, access if options.writes else access.read_only()
+                )
             store = LmdbStore(directory, look.module_hash, settings)
-            store.announce()
+            if options.writes:
+                store.announce()
         except Exception as error:  # noqa: BLE001 - a fault of the machine: the run goes on in memory
             self.on_fault(error, 0)
             return None
@@ -1055,8 +1116,58 @@ class Cache:
         rows: int = 0,
         evidence: str = "",
     ) -> object:
+        if self.options.mode == "require":
+            raise self._miss(function, args, kwargs, reason=reason, evidence=evidence)
         self._note_bypass(reason, rows, evidence)
         return function(*args, **kwargs)
+
+    def _miss(
+        self,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        reason: str = "",
+        evidence: str = "",
+        missing: Sequence[int] = (),
+    ) -> CacheMissError:
+        """Make the error of a call that would have to be computed in ``mode="require"``."""
+        explanation: Explanation | None = None
+        with contextlib.suppress(Exception):  # what cannot be explained is an error all the same
+            explanation = self._explain(function, args, kwargs)
+        samples = () if explanation is None else explanation.samples
+        name = self._target.name
+        if reason:
+            because = _because(reason, evidence)
+            text = f"{name} would have to be computed, and mode='require' computes nothing: {because}"
+        else:
+            shown = [f"{p} ({samples[p].digest[:8]})" if samples else str(p) for p in missing[:_MOST_SAMPLES_NAMED]]
+            positions = ", ".join(shown + ["..."] * (len(missing) > len(shown)))
+            text = (
+                f"{len(missing)} samples of a call of {name} are not cached, and mode='require' computes nothing "
+                f"(positions {positions}); {self._where_it_looked()}. Run it with mode='on' there first; if that was "
+                "done, compare the key below, or all of it in the error's explanation, with explain() there"
+            )
+        if samples and any(samples[p].found_in != "nowhere" for p in missing):
+            text += (
+                ". Some of them are cached as a class that this program does not know: refer to it in the code of "
+                "what is cached"
+            )
+        if explanation is not None:
+            explanation = replace(explanation, bypass_reason=reason or None)
+            text += f"\n{_condensed(explanation)}"
+        return CacheMissError(text, explanation=explanation, missing=tuple(missing))
+
+    def _where_it_looked(self) -> str:
+        look = self._look()
+        store = self._open(look)
+        if look.is_private:
+            place = "something has no stable name, so no other process can fill it unless persistent_module_hash is set"
+        elif store is None:
+            place = "there is no directory to look in"
+        else:
+            place = f"they were looked for in {store.path}" + ("" if store.is_present() else ", where nothing is yet")
+        return place + (f" (last fault: {self._last_fault})" if self._last_fault else "")
 
     def _go_around(self, reason: str, call: _Call) -> object:
         return self._bypass(reason, call.function, call.args, call.kwargs, rows=call.batch.n)
@@ -1064,11 +1175,11 @@ class Cache:
     def _note_bypass(self, reason: str, rows: int, evidence: str = "") -> None:
         self._counters.add_to("bypasses", reason)
         self._counters.add(bypassed_rows=rows)
-        because = f"{reason}: {evidence}" if evidence else reason
-        self._say(f"bypass {reason}", f"the cache is bypassed: {remedy_for(reason)} ({because})")
+        self._say(f"bypass {reason}", f"the cache is bypassed: {_because(reason, evidence)}")
 
     def _note_fault(self, kind: str, message: str, amount: int = 1) -> None:
         self._counters.add_to("faults", kind, amount)
+        self._last_fault = message
         warn_once(("fault", kind), "%s: %s; it goes on without (fault %r, said once)", self._target.name, message, kind)
 
     def _note_overflow(self, amount: int) -> None:
@@ -1079,6 +1190,26 @@ class Cache:
     def _say(self, kind: str, message: str) -> None:
         """Say something once per target and kind."""
         warn_once((self._target.name, kind), "%s: %s", self._target.name, message)
+
+
+def _condensed(explanation: Explanation) -> Explanation:
+    """Return an explanation without samples, with one digest for all parts of a kind of which there are many."""
+    kinds: dict[str, list[str]] = {}
+    for name in explanation.parts:
+        kinds.setdefault(name.partition(" ")[0], []).append(name)
+    parts: dict[str, str] = {}
+    for kind, names in kinds.items():
+        digests = [explanation.parts[name] for name in names]
+        if len(names) <= _MOST_PARTS_NAMED:
+            parts.update(zip(names, digests, strict=True))
+        else:
+            together = digest_parts(text.encode() for pair in zip(names, digests, strict=True) for text in pair)
+            parts[f"{kind}, all {len(names)}"] = together.hex()
+    return replace(explanation, parts=parts, samples=())
+
+
+def _because(reason: str, evidence: str) -> str:
+    return f"{remedy_for(reason)} ({reason}: {evidence})" if evidence else f"{remedy_for(reason)} ({reason})"
 
 
 def _spread(

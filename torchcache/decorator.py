@@ -116,7 +116,7 @@ def _prepare(options: CacheOptions, function: Callable[..., Any], *, is_method: 
     options.check_combinations()
     if options.unbatched or options.padded:
         CallSignature.of_options(function, options, is_method=is_method)
-    if options.enabled and options.persistent and options.persistent_cache_dir is None:
+    if options.enabled and options.writes and options.persistent and options.persistent_cache_dir is None:
         temporary.reserve()
 
 

@@ -5,6 +5,7 @@
     TorchcacheError
     ├── ConfigError        an option, a decorated target or an attribute is wrong (raised while setting up)
     ├── UncacheableError   a call cannot be keyed or its result cannot be split into samples
+    ├── CacheMissError     a call would have to be computed in mode="require"
     ├── StoreError         the disk tier cannot be used (never leaves a cached call)
     └── CorruptRecordError stored bytes fail a check (never leaves a cached call)
 
@@ -14,6 +15,8 @@ workers send their exceptions to the parent.
 """
 
 from __future__ import annotations
+
+from torchcache.explanation import Explanation
 
 
 class TorchcacheError(Exception):
@@ -34,6 +37,21 @@ class UncacheableError(TorchcacheError, ValueError, TypeError):
     def __init__(self, message: str, *, argument: str | None = None) -> None:
         super().__init__(message)
         self.argument = argument
+
+
+class CacheMissError(TorchcacheError, LookupError):
+    """A call in ``mode="require"`` would have to be computed; nothing was.
+
+    Attributes:
+        explanation: What ``explain`` says of the call: the ``differences`` to that of another run show what makes
+            it miss. None if nothing could be found out.
+        missing: Positions of the samples that are not cached; none if the call would go around the cache.
+    """
+
+    def __init__(self, message: str, *, explanation: Explanation | None = None, missing: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.explanation = explanation
+        self.missing = missing
 
 
 class StoreError(TorchcacheError, OSError):

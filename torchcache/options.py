@@ -40,6 +40,7 @@ class OptionArguments(TypedDict, total=False):
     """The keyword arguments of ``torchcache()``; ``CacheOptions`` says what each means."""
 
     enabled: bool
+    mode: str
     persistent: bool
     persistent_cache_dir: str | os.PathLike[str] | None
     persistent_module_hash: str | None
@@ -251,6 +252,9 @@ class CacheOptions:
 
     Attributes:
         enabled: False leaves the target as if it were not decorated.
+        mode: What a call may do: "on" looks up and stores; "read" looks up, and writes nothing to disk; "refresh"
+            computes every row and overwrites what is cached; "require" looks up, and raises a ``CacheMissError``
+            instead of computing anything; "off" computes as if there were no cache.
         persistent: Keep values in an LMDB environment on disk too.
         persistent_cache_dir: Directory shared by all processes; None for a private temporary one
             that is deleted when the program ends.
@@ -291,6 +295,7 @@ class CacheOptions:
     """
 
     enabled: bool = _option(True, _flag, shapes_key=False)
+    mode: str = _option("on", _one_of("on", "read", "refresh", "require", "off"), shapes_key=False)
     persistent: bool = _option(False, _flag, shapes_key=False)
     persistent_cache_dir: Path | None = _option(None, _directory, shapes_key=False)
     persistent_module_hash: str | None = _option(None, _file_name, shapes_key=False)
@@ -351,12 +356,23 @@ class CacheOptions:
         merged = {option.name: getattr(self, option.name) for option in fields(self)} | found
         return type(self)(**merged)
 
+    @property
+    def looks_up(self) -> bool:
+        """Whether a call is answered from what is cached."""
+        return self.mode in ("on", "read", "require")
+
+    @property
+    def writes(self) -> bool:
+        """Whether anything is written to disk."""
+        return self.mode in ("on", "refresh")
+
     def check_combinations(self) -> None:
         """Check what only the merged options can tell.
 
         Raises:
-            ConfigError: If ``zstd_compression`` is set without ``persistent``, ``shared`` without a directory, or
-                ``unbatched`` or ``padded`` for calls that have no batch.
+            ConfigError: If ``zstd_compression`` is set without ``persistent``, ``shared`` without a directory,
+                ``unbatched`` or ``padded`` for calls that have no batch, or ``mode="require"`` without anything on disk
+                that could answer.
         """
         for name in ("unbatched", "padded"):
             if self.batch_dim is None and getattr(self, name):
@@ -375,6 +391,18 @@ class CacheOptions:
             raise ConfigError(
                 f"shared={self.shared!r} needs a persistent_cache_dir: without one the cache is temporary and private",
                 argument="shared",
+            )
+        has_directory = self.persistent and self.persistent_cache_dir is not None and self.max_persistent_cache_size > 0
+        if self.mode == "require" and not has_directory:
+            raise ConfigError(
+                "mode='require' computes nothing, so it needs a cache on disk that was filled before; set "
+                "persistent=True and persistent_cache_dir, and no max_persistent_cache_size=0, or set mode='on'",
+                argument="mode",
+            )
+        if self.mode == "read" and self.persistent and self.persistent_cache_dir is None:
+            warn_once(
+                ("nothing to read",),
+                "persistent=True is ignored in mode='read' without a persistent_cache_dir: there is nothing to read",
             )
         if self.persistent_cache_dir is not None and not self.persistent:
             warn_once(

@@ -47,6 +47,8 @@ REMEDIES = {
     "torch_function_mode": "a TorchFunctionMode is active, which sees and may change every operation",
     "out_of_memory": "there is no memory for a copy of the batch",
     "unreadable_state": "an attribute of the module cannot be read; see the fault in the log",
+    "empty_batch": "only the function knows the form of its result for a batch without rows, and mode='require' does "
+    "not run it; leave empty batches out",
     "export_or_trace": "the call is being exported, traced or scripted",
 }  # fmt: skip
 _OTHER_REMEDY = "a cached call takes and returns plain strided tensors; convert it before the call"

@@ -36,6 +36,7 @@ def place():
     team.mkdir()
     os.chown(team, 0, TEAM)
     team.chmod(0o2775)
+    codecs.lookup("ascii")  # other users may not be able to read what is imported late
     yield path
     shutil.rmtree(path)
 
@@ -104,6 +105,15 @@ def test_what_one_member_wrote_is_the_others_too(place, umask):
         f"{NAME}/lock.mdb": 0o660,
     }
     assert {entry.stat().st_gid for entry in [cache, *cache.rglob("*")]} == {TEAM}
+
+
+def test_a_member_that_only_reads_needs_no_right_to_write(place):
+    cache = place / "team" / "cache"
+    as_user(ALICE, write, cache, GROUP, 0)
+    subprocess.run(["chmod", "-R", "g-ws", cache], check=True)
+    assert as_user(BOB, read, cache, GROUP.read_only()) == [*range(10)]
+    with pytest.raises(ChildFailedError, match=f"user {ALICE}"):
+        as_user(OUTSIDER, read, cache, GROUP.read_only(), groups=())
 
 
 def test_members_share_one_budget_and_may_remove_what_another_made(place):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import random
 import shutil
@@ -36,7 +37,7 @@ from torchcache.errors import StoreError
 from torchcache.layout import MAX_LEAVES, Layout, Leaf, Rows
 from torchcache.storage import budget as budgets
 from torchcache.storage import lmdb as lmdb_store
-from torchcache.storage.contract import Verdict
+from torchcache.storage.contract import Packed, Verdict
 from torchcache.storage.directory import CacheDirectory, TurnCancelledError
 from torchcache.storage.record import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_VALUE_BYTES
 
@@ -550,6 +551,49 @@ def test_a_row_that_cannot_be_deleted_is_replaced_by_the_next_write(store, monke
     put(store, digests_of(range(5)), nbytes=600)
     found = store.get_many(NAMESPACE, digests_of(range(5))).found
     assert {item.layout.nbytes: list(item.positions) for item in found} == {500: [0, 2, 3, 4], 600: [1]}
+
+
+def replacing(store, digests, nbytes):
+    (item,) = packed_of(store, digests, nbytes)
+    return dataclasses.replace(item, replaces=digests)
+
+
+def sizes_of(store, digests):
+    return {p: item.layout.nbytes for item in store.get_many(NAMESPACE, digests).found for p in item.positions}
+
+
+@pytest.mark.parametrize("nbytes", [1000, 70_000])
+def test_rows_that_replace_others_take_their_place_and_their_room(store, nbytes):
+    digests = digests_of(range(64))
+    put(store, digests, nbytes)
+    segments, rows = segments_of_open(store), entry_of(store).rows
+    for size in (nbytes - 10, nbytes):
+        order = random.Random(size).sample(digests, 64)
+        for start in range(0, 64, 8):
+            assert store.put_many([replacing(store, order[start : start + 8], size)]).rows == 8
+        assert sizes_of(store, digests) == dict.fromkeys(range(64), size)
+    assert segments_of_open(store) <= segments + 1
+    assert entry_of(store).rows == rows == 64
+    assert store.delete_many(NAMESPACE, digests) == 64
+    assert segments_of_open(store) == 0
+
+
+def test_of_several_values_in_one_commit_the_last_stands(store):
+    digests = digests_of(range(5))
+    first = packed_of(store, digests, 500)
+    written = store.put_many([*first, replacing(store, digests[1:4], 600), replacing(store, digests[2:3], 700)])
+    assert (written.rows, entry_of(store).rows) == (9, 5)
+    assert sizes_of(store, digests) == {0: 500, 1: 600, 2: 700, 3: 600, 4: 500}
+
+
+def test_a_value_goes_though_no_record_can_hold_the_one_that_replaces_it(store):
+    digests = digests_of(range(5))
+    refused = Packed(NAMESPACE, (), (), {"too_large": 2}, replaces=digests[:2])
+    assert store.put_many([refused]).dropped == {"too_large": 2}
+    assert not store.path.exists()
+    put(store, digests)
+    assert store.put_many([refused]).dropped == {"too_large": 2}
+    assert hits_of(store, digests) == {2, 3, 4}
 
 
 @pytest.mark.parametrize(("nbytes", "n"), [(100, 2000), (3000, 100), (70_000, 7)])

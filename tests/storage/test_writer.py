@@ -487,6 +487,21 @@ def test_wrong_rows_that_are_queued_are_gone_when_the_task_behind_them_is_done(w
     assert observer.faults == []
 
 
+def test_rows_that_replace_others_are_what_the_queue_answers_and_reach_a_store_that_is_full(writer, store, observer):
+    assert offer(writer, store, observer, range(3))
+    assert store.entered.wait(10)
+    store.short = "budget"
+    rows = rows_of(digests_of([1]), 400)
+    assert writer.put(
+        store, observer, NAMESPACE, rows, queue_bytes=10_000, timeout_seconds=1, flush_seconds=5.0, replaces=True
+    )
+    found, _ = writer.get_many(store, NAMESPACE, digests_of(range(3)))
+    assert {item.layout.nbytes: item.positions for item in found} == {100: [0, 2], 400: [1]}
+    store.let_through.set()
+    assert writer.flush(10)
+    assert [list(item.replaces) for commit in store.commits for item in commit] == [[], digests_of([1])]
+
+
 # -- faults and refusals --------------------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import os
 import pwd
 import stat
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchcache.errors import StoreError
@@ -17,16 +17,24 @@ from torchcache.errors import StoreError
 class Access:
     """The modes of what we make, whatever the umask, and what we accept of what is there.
 
+    Who only reads makes nothing, and accepts what is root's too: an administrator may fill a cache for everybody.
+
     Attributes:
         is_group: Whether members of the directory's group share it.
         directory_mode: Of directories; the group's have the setgid bit, so that what is made in them is the
             group's too.
         file_mode: Of files.
+        is_read_only: Whether nothing is made, changed or removed.
     """
 
     is_group: bool
     directory_mode: int
     file_mode: int
+    is_read_only: bool = False
+
+    def read_only(self) -> Access:
+        """Return the same for who only reads."""
+        return replace(self, is_read_only=True)
 
     def make_directory(self, path: Path) -> None:
         """Make a directory with its final mode; if there is one already, leave it.
@@ -90,8 +98,9 @@ class Access:
                 _check_owner(path, status, (os.geteuid(), 0))
             if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
                 raise _refused(path, f"is writable by everybody ({_mode(status)}); {_OWN_OR_GROUP}")
-        if not os.access(path, os.W_OK | os.X_OK):
-            raise _refused(path, f"is not ours to write ({_mode(status)}, of {_user(status.st_uid)})")
+        if not os.access(path, os.X_OK if self.is_read_only else os.W_OK | os.X_OK):
+            use = "read" if self.is_read_only else "write"
+            raise _refused(path, f"is not ours to {use} ({_mode(status)}, of {_user(status.st_uid)})")
 
     def check_directory(self, path: Path) -> None:
         """Check a directory that one of us made: not a link, and nobody else can put things into it.
@@ -104,7 +113,7 @@ class Access:
         if self.is_group:
             self._check_group(path, status)
             return
-        _check_owner(path, status, (os.geteuid(),))
+        _check_owner(path, status, self._owners())
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise _refused(path, f"is writable by others ({_mode(status)}); chmod 700, or set shared='group'")
 
@@ -118,16 +127,19 @@ class Access:
             status = os.lstat(path)
         except FileNotFoundError:
             return
-        is_ours = status.st_uid == os.geteuid() or (self.is_group and _is_member(status.st_gid))
+        is_ours = status.st_uid in self._owners() or (self.is_group and _is_member(status.st_gid))
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or not is_ours:
             raise StoreError(f"{path} is not a plain file of ours", kind="damaged")
+
+    def _owners(self) -> tuple[int, ...]:
+        return (os.geteuid(), 0) if self.is_read_only else (os.geteuid(),)
 
     def _check_group(self, path: Path, status: os.stat_result) -> None:
         if status.st_mode & stat.S_IWOTH:
             raise _refused(path, f"is writable by everybody ({_mode(status)}), also with shared='group'; chmod o-w")
-        if status.st_uid != os.geteuid() and not _is_member(status.st_gid):
+        if status.st_uid not in self._owners() and not _is_member(status.st_gid):
             raise _refused(path, f"belongs to {_user(status.st_uid)} and to the group {status.st_gid}, not to ours")
-        if not status.st_mode & stat.S_IWGRP or not status.st_mode & stat.S_ISGID:
+        if not self.is_read_only and not (status.st_mode & stat.S_IWGRP and status.st_mode & stat.S_ISGID):
             raise _refused(
                 path,
                 f"is closed to its group, or does not hand it on ({_mode(status)}), although shared='group'; "

@@ -44,16 +44,18 @@ class Packed:
         digests: Of the samples, in order.
         records: One a digest.
         dropped: How many rows no record can be made of, by reason; ``put_many`` passes it on.
+        replaces: Digests whose earlier values are deleted first; empty where what is there stays.
     """
 
     namespace: bytes
     digests: Sequence[bytes]
     records: Sequence[bytes]
     dropped: Mapping[str, int] = field(default_factory=dict)
+    replaces: Sequence[bytes] = ()
 
     def between(self, start: int, stop: int) -> Packed:
         """Return the records from ``start`` to before ``stop``."""
-        return Packed(self.namespace, self.digests[start:stop], self.records[start:stop])
+        return Packed(self.namespace, self.digests[start:stop], self.records[start:stop], replaces=self.replaces)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +90,9 @@ class Store(Protocol):
     def put_many(self, packed: Sequence[Packed]) -> Written:
         """Commit the records of all of ``packed``, in transactions that are small against the budget.
 
-        What is already there stays. Rows of a namespace that is ``DEPENDENT`` are dropped, as
-        ``rows_depend_on_batch``. Waits for other processes at most ``lock_timeout_seconds``.
+        What is already there stays, unless it is named in ``replaces``. Rows of a namespace that is
+        ``DEPENDENT`` are dropped, as ``rows_depend_on_batch``. Waits for other processes at most
+        ``lock_timeout_seconds``.
         """
 
     def delete_many(self, namespace: bytes, digests: Sequence[bytes], cancel: Callable[[], bool] | None = None) -> int:

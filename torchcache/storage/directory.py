@@ -37,6 +37,8 @@ class TurnCancelledError(Exception):
 class CacheDirectory:
     """One ``persistent_cache_dir``, made if need be: private and not somebody else's, or a group's.
 
+    Who only reads makes none: it may come to be later, so it is checked whenever something in it is opened.
+
     The turn (a file lock and a lock of this process) is held around every change of anything under the
     directory, so that the budget counts all processes and nobody ever waits inside LMDB.
 
@@ -46,13 +48,17 @@ class CacheDirectory:
         before_turn: Called in each turn first: makes a temporary directory anew that somebody swept away.
 
     Raises:
-        StoreError: If the directory cannot be made or must not be used.
+        StoreError: If the directory cannot be made or must not be used; not if it is only to be read.
     """
 
     def __init__(self, path: Path, access: Access = PRIVATE, before_turn: Callable[[], object] | None = None) -> None:
         self.path = path
         self.access = access
         self._before_turn = before_turn
+        self._mine = ForkLock()
+        self._used_bytes = 0
+        if access.is_read_only:
+            return
         check_file_system(path)
         try:
             access.make_directories(path)
@@ -62,17 +68,27 @@ class CacheDirectory:
             if isinstance(error, StoreError):
                 raise
             raise StoreError(f"{path} cannot be used as persistent_cache_dir: {error}", kind="directory") from error
-        self._mine = ForkLock()
-        self._used_bytes = 0
+
+    def check(self) -> None:
+        """Check again whether the directory may be used.
+
+        Raises:
+            OSError: If it is not there.
+            StoreError: If it must not be used.
+        """
+        check_file_system(self.path)
+        self.access.check_root(self.path)
 
     @contextmanager
     def turn(self, timeout_seconds: float, cancel: Callable[[], bool] | None = None) -> Iterator[None]:
         """Hold the directory's lock; nobody else changes anything under it meanwhile.
 
         Raises:
-            StoreError: If it was not free within ``timeout_seconds``, or cannot be locked.
+            StoreError: If it was not free within ``timeout_seconds``, cannot be locked, or is only to be read.
             TurnCancelledError: If ``cancel`` said so while waiting.
         """
+        if self.access.is_read_only:
+            raise StoreError(f"{self.path} is only read", kind="read_only")
         deadline = time.monotonic() + timeout_seconds
         mine = self._mine.raw
         while not mine.acquire(timeout=0.05):

@@ -32,6 +32,9 @@ FORMAT = b"torchcache-1"
 #: The kind of fault of an environment that another process removed a moment ago.
 ABSENT = "absent"
 
+#: The kind of fault of a read during which a writer may have used the pages again: it is worth another try.
+OVERWRITTEN = "overwritten"
+
 FORMAT_KEY = b"a format"
 _LEAST_MAP_BYTES = 64 << 30
 _SMALLEST_MAP_BYTES = 64 << 20
@@ -52,10 +55,19 @@ _environments_lock = process.ForkLock()
 
 @dataclass(frozen=True, slots=True)
 class Handles:
-    """An open environment and the file it was opened from. Not to be kept beyond one passage of the gate."""
+    """An open environment and the file it was opened from. Not to be kept beyond one passage of the gate.
+
+    Attributes:
+        env: The environment.
+        inode: Of its data file.
+        is_read_only: Whether it can only be read.
+        is_noted: Whether readers stand in the table in ``lock.mdb``, so that no writer uses their pages again.
+    """
 
     env: lmdb.Environment
     inode: int
+    is_read_only: bool
+    is_noted: bool
 
 
 class Environment:
@@ -63,6 +75,9 @@ class Environment:
 
     ``_handles`` is None while it is closed: before the first use, after a fork, after a fault. It is
     opened again by the next use, not sooner than a second after a failure.
+
+    It is opened for writing as soon as one store of this process writes, and else only for reading: then
+    nothing is made, neither files nor bytes in them, but for marks in a reader table that is there.
     """
 
     def __init__(self, directory: CacheDirectory, name: str, budget: int) -> None:
@@ -70,15 +85,25 @@ class Environment:
         self._access = directory.access
         self.name = name
         self.path = directory.path / name
-        self._budget = budget
+        self._size_for(budget)
         self._lock = process.ForkLock(on_broken=self._forsake)  # guards opening
         self._handles: Handles | None = None
         self._is_forsaken = False  # inherited through a fork that did not come to rest
         self._retry_at = 0.0
         self._failure: StoreError | None = None
         self._checked_at = 0.0
-        self._map_bytes = max(_LEAST_MAP_BYTES, 1 << (4 * budget - 1).bit_length())
         process.listen_to_forks(self)
+
+    def _size_for(self, budget: int) -> None:
+        self._budget = budget
+        self._map_bytes = max(_LEAST_MAP_BYTES, 1 << (4 * budget - 1).bit_length())
+
+    def make_writable(self, directory: CacheDirectory, budget: int) -> None:
+        """Open it for writing from now on; stores that read go on with the same handle."""
+        with self._lock.raw:
+            if self._access.is_read_only:
+                self.directory, self._access = directory, directory.access
+                self._size_for(budget)
 
     def reading(self) -> _Reading:
         """Be inside one read transaction whose values are views that end with it.
@@ -195,7 +220,7 @@ class Environment:
             self._allocate_lock_file(unfinished)
             descriptor = os.open(unfinished, os.O_DIRECTORY | os.O_RDONLY)
             try:
-                env = self._open_env(_pinned(descriptor, unfinished))
+                env = self._open_env(_pinned(descriptor, unfinished), self._readers())
             finally:
                 os.close(descriptor)
             try:
@@ -225,10 +250,14 @@ class Environment:
                 self.at_rest()
 
     def is_current(self) -> bool:
-        """Tell whether the files on disk are still those that are open."""
+        """Tell whether the files on disk are still those that are open, and open as they are wanted."""
         handles = self._handles
+        if handles is None:
+            return True
+        if handles.is_read_only and not self._access.is_read_only:
+            return False
         try:
-            return handles is None or os.stat(self.path / "data.mdb").st_ino == handles.inode
+            return os.stat(self.path / "data.mdb").st_ino == handles.inode
         except OSError:
             return False
 
@@ -298,7 +327,10 @@ class Environment:
             return self._handles
 
     def _open(self) -> Handles:
+        is_read_only = self._access.is_read_only
         with _translated(self.path):
+            if is_read_only:
+                self.directory.check()
             # Pinned by descriptor: both files come from the directory that was checked, even if somebody
             # renames it meanwhile.
             try:
@@ -308,11 +340,13 @@ class Environment:
                 raise
             try:
                 self._access.check_directory(self.path)
-                self._allocate_lock_file(self.path)
+                if not is_read_only:
+                    self._allocate_lock_file(self.path)
                 for name in ("data.mdb", "lock.mdb"):
                     self._access.check_file(self.path / name)
+                readers = self._noted_readers() if is_read_only else self._readers()
                 try:
-                    env = self._open_env(_pinned(descriptor, self.path))
+                    env = self._open_env(_pinned(descriptor, self.path), readers, is_read_only=is_read_only)
                 except lmdb.Error as error:
                     if os.fstat(descriptor).st_nlink:
                         raise
@@ -321,12 +355,13 @@ class Environment:
             finally:
                 os.close(descriptor)
             try:
-                return self._check(env, inode)
+                self._check(env)
             except BaseException:
                 env.close()
                 raise
+            return Handles(env, inode, is_read_only, readers > 0)
 
-    def _open_env(self, path: str) -> lmdb.Environment:
+    def _open_env(self, path: str, readers: int, *, is_read_only: bool = False) -> lmdb.Environment:
         map_bytes = max(self._map_bytes, _file_bytes(self.path / "data.mdb") * 2)
         while True:
             try:
@@ -335,7 +370,9 @@ class Environment:
                     map_size=map_bytes,
                     subdir=True,
                     max_dbs=0,  # opening a named database takes LMDB's write mutex; the main one is enough
-                    max_readers=self._readers(),
+                    readonly=is_read_only,
+                    lock=readers > 0,
+                    max_readers=max(1, readers),
                     max_spare_txns=1,  # 0 takes a mutex shared between processes at every read
                     sync=True,
                     metasync=False,  # power loss costs at most the last commit, and half the fsyncs are saved
@@ -347,7 +384,7 @@ class Environment:
                 if map_bytes < max(2 * self._budget, _SMALLEST_MAP_BYTES):
                     raise
 
-    def _check(self, env: lmdb.Environment, inode: int) -> Handles:
+    def _check(self, env: lmdb.Environment) -> None:
         last_byte = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
         if last_byte > _file_bytes(self.path / "data.mdb"):
             raise StoreError(f"{self.path} is truncated", kind="damaged")  # a read of it would be a SIGBUS
@@ -357,11 +394,20 @@ class Environment:
             raise StoreError(f"{self.path} holds another program's environment", kind="damaged")
         if found != FORMAT:
             raise StoreError(f"{self.path} has format {found!r}, this version reads {FORMAT!r}", kind="format")
-        return Handles(env, inode)
 
     def _readers(self) -> int:
         # The table is part of the budget: a 64th of a small one, 4,096 readers from 16 MiB on.
         return max(126, min(_MOST_READERS, self._budget // (64 * _READER_BYTES)))
+
+    def _noted_readers(self) -> int:
+        """Return how many readers there is room for in the table, as who only reads must not make it longer.
+
+        It is 0 where there is no table, or none that we may write: on a read-only file system, or in files of root.
+        """
+        name = self.path / "lock.mdb"
+        if not os.access(name, os.R_OK | os.W_OK):
+            return 0
+        return max(0, min(self._readers(), (_file_bytes(name) - _LOCK_HEADER_BYTES) // _READER_BYTES))
 
     def _allocate_lock_file(self, path: Path) -> None:
         """Allocate lock.mdb in full: LMDB maps it, and on a full disk that would be a SIGBUS.
@@ -389,40 +435,65 @@ class Environment:
 
 
 def shared_environment(directory: CacheDirectory, name: str, budget: int) -> Environment:
-    """Return this process's environment for a subdirectory."""
+    """Return this process's environment for a subdirectory, writable unless the directory is only read."""
     key = os.path.realpath(directory.path / name)
     with _environments_lock.raw:
         if key not in _environments:
             _environments[key] = Environment(directory, name, budget)
+        elif not directory.access.is_read_only:
+            _environments[key].make_writable(directory, budget)
         return _environments[key]
 
 
 class _Reading:
-    """A read transaction inside the gate; a class, since generators would double the cost of a single read."""
+    """A read transaction inside the gate; a class, since generators would double the cost of a single read.
 
-    __slots__ = ("_environment", "_passage", "_txn")
+    Of a reader that no table notes, a writer knows nothing: it uses pages of transaction ``n`` again from ``n + 3``
+    on. What was read until then is right; afterwards bytes change under the reader's hands, so that not even
+    a checksum helps.
+    """
+
+    __slots__ = ("_environment", "_handles", "_passage", "_txn")
 
     def __init__(self, environment: Environment) -> None:
         self._environment = environment
 
     def __enter__(self) -> lmdb.Transaction:
-        handles, self._passage = self._environment.enter()
         try:
-            self._txn = self._begin(handles.env)
+            try:
+                self._enter()
+            except lmdb.MapResizedError:  # another process has a larger map; opened again, ours fits the file
+                self._environment.close()
+                self._enter()
         except BaseException as error:  # noqa: BLE001 - what is not LMDB's or the system's is raised as it is
-            self._passage.leave()
             _raise_translated(self._environment.path, error)
         return self._txn
+
+    def _enter(self) -> None:
+        self._handles, self._passage = self._environment.enter()
+        try:
+            self._txn = self._begin(self._handles.env)
+        except BaseException:
+            self._passage.leave()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            is_overwritten = not self._handles.is_noted and self._was_overwritten()
             self._txn.abort()
         finally:
             self._passage.leave()
+        if is_overwritten and (error is None or isinstance(error, Exception)):
+            path = self._environment.path
+            raise StoreError(f"{path} was overwritten while it was read", kind=OVERWRITTEN) from error
         if error is not None:
             _raise_translated(self._environment.path, error)
+
+    def _was_overwritten(self) -> bool:
+        # A transaction that is not committed yet may have written its pages.
+        return int(self._handles.env.info()["last_txnid"]) + 1 >= self._txn.id() + 3
 
     @staticmethod
     def _begin(env: lmdb.Environment) -> lmdb.Transaction:

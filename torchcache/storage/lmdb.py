@@ -38,7 +38,7 @@ from torchcache.layout import Rows
 from torchcache.storage import budget
 from torchcache.storage.contract import Lookup, Packed, Verdict, Written
 from torchcache.storage.directory import CacheDirectory, TurnCancelledError
-from torchcache.storage.environment import ABSENT, shared_environment
+from torchcache.storage.environment import ABSENT, OVERWRITTEN, shared_environment
 from torchcache.storage.record import digest_of, length_of, pack_rows, refusal_of, unpack_many
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,9 @@ _MOST_SEGMENTS = 1 << 31
 
 #: Segments read since the last commit whose time is remembered (for eviction="lru").
 _MOST_RECENT = 4096
+
+#: How often a lookup that a writer got ahead of is tried again.
+_MOST_READS = 5
 
 #: How many bytes one commit may have at most, whatever the budget.
 _MOST_COMMIT_BYTES = 32 << 20
@@ -122,6 +125,10 @@ class LmdbStore:
         """How large a commit should be at most: small against the budget."""
         return min(_MOST_COMMIT_BYTES, max(1, self._settings.budget_bytes // budget.COMMIT_SHARE))
 
+    def is_present(self) -> bool:
+        """Tell whether there is anything to read."""
+        return self._environment.is_present()
+
     def announce(self) -> None:
         """Show the name of the subdirectory before anything is stored in it."""
         self._environment.announce()
@@ -134,6 +141,15 @@ class LmdbStore:
         return self._directory.used_bytes()
 
     def get_many(self, namespace: bytes, digests: Sequence[bytes]) -> Lookup:
+        for _ in range(_MOST_READS - 1):
+            try:
+                return self._get_many(namespace, digests)
+            except StoreError as error:
+                if error.kind != OVERWRITTEN:
+                    raise
+        return self._get_many(namespace, digests)
+
+    def _get_many(self, namespace: bytes, digests: Sequence[bytes]) -> Lookup:
         if not self._environment.is_present():
             return Lookup([], list(range(len(digests))))
         try:
@@ -241,13 +257,15 @@ class LmdbStore:
         for item in packed:
             dropped.update(item.dropped)
         n = sum(len(item.digests) for item in packed)
-        if not n:
+        if not n and not any(item.replaces for item in packed):
             return Written(dropped=dict(dropped))
         with self._turn(cancel):
-            if not self._ensure_environment():
+            if n and not self._ensure_environment():
                 dropped[self._rest(self._environment.creation_bytes())] += n
                 return Written(dropped=dict(dropped))
             self._follow_file()
+            for item in packed:
+                self._delete_replaced(item)
             rows = budget.commit_rows(self._settings.budget_bytes)
             started = _now()
             done = [self._commit(part, started) for part in _cut(packed, rows, self.most_commit_bytes)]
@@ -273,23 +291,35 @@ class LmdbStore:
     def _delete_some(self, namespace: bytes, waiting: deque[bytes], cancel: Callable[[], bool] | None) -> int:
         """Delete one transaction's worth of rows, in one turn, and take them off ``waiting``; return how many."""
         with self._turn(cancel):
-            if not self._has_environment():
+            return self._delete_in_turn(namespace, waiting)
+
+    def _delete_in_turn(self, namespace: bytes, waiting: deque[bytes]) -> int:
+        if not self._has_environment():
+            waiting.clear()
+            return 0
+        with self._environment.writing() as txn:
+            entry = _read_namespace(txn, namespace)
+            if entry is None:
+                txn.abort()
                 waiting.clear()
                 return 0
-            with self._environment.writing() as txn:
-                entry = _read_namespace(txn, namespace)
-                if entry is None:
-                    txn.abort()
-                    waiting.clear()
-                    return 0
-                # Until it is committed, and for good where there is no room: the next write replaces them.
-                self._doubt(entry.number, waiting)
-                self._directory.measure()
-                deletion = _Deletion(txn, self._budget.room_bytes())
-                deletion.delete_rows(entry.number, waiting)
-                deletion.carry_out()
-            self._doubtful -= deletion.places
-            return deletion.rows
+            # Until it is committed, and for good where there is no room: the next write replaces them.
+            self._doubt(entry.number, waiting)
+            self._directory.measure()
+            deletion = _Deletion(txn, self._budget.room_bytes())
+            deletion.delete_rows(entry.number, waiting)
+            deletion.carry_out()
+        self._doubtful -= deletion.places
+        return deletion.rows
+
+    def _delete_replaced(self, item: Packed) -> None:
+        """Delete what rows take the place of: overwritten, it would stay in its segment; the turn is held."""
+        waiting = deque(item.replaces)
+        while waiting:
+            before = len(waiting)
+            self._delete_in_turn(item.namespace, waiting)
+            if len(waiting) == before:
+                break
 
     def _commit(self, packed: Sequence[Packed], started: bytes) -> Written:
         """Commit one transaction's worth, making room for it where the policy allows that."""
@@ -548,7 +578,8 @@ class _Write:
         rows = nbytes = 0
         for digest, record in zip(item.digests, item.records, strict=True):
             key = prefix + digest[:_INDEX_DIGEST_BYTES]
-            if key in self._index or (key not in self._doubtful and self._is_there(key)):
+            is_planned = key in self._index
+            if not item.replaces and (is_planned or (key not in self._doubtful and self._is_there(key))):
                 self._present += 1
                 continue
             if size and size + len(record) > SEGMENT_BYTES:  # also ends one with a long record in it
@@ -557,7 +588,8 @@ class _Write:
             parts.append(record)
             self._segments[segment_prefix + number.to_bytes(4, "big")] = parts
             size += len(record)
-            rows += 1
+            rows += not is_planned
+            self._present += is_planned
             nbytes += len(record)
         self._nbytes += nbytes
         return replace(

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -65,12 +65,13 @@ class WriteObserver(Protocol):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Job:
-    """Rows of a namespace to write, or a task."""
+    """Rows of a namespace to write, in place of what is there or beside it, or a task."""
 
     store: WritableStore
     observer: WriteObserver
     namespace: bytes = b""
     rows: Rows | None = None
+    replaces: bool = False
     task: Task | None = None
 
     @property
@@ -122,16 +123,27 @@ class Writer:
         queue_bytes: int,
         timeout_seconds: float,
         flush_seconds: float,
+        replaces: bool = False,
     ) -> bool:
         """Accept rows for the store; they must not change afterwards.
 
         Waits at most ``timeout_seconds`` while the queue holds more than ``queue_bytes``; rows that are
         larger than the whole queue are accepted when it is empty.
 
+        Args:
+            store: Where they go.
+            observer: Told what became of them.
+            namespace: Of all of them.
+            rows: Them.
+            queue_bytes: Bound of the queue.
+            timeout_seconds: How long to wait for room in it.
+            flush_seconds: How long the end of the program may wait for it.
+            replaces: Whether they take the place of what is in the store or in the queue.
+
         Returns:
             Whether they were accepted.
         """
-        job = _Job(store, observer, namespace=namespace, rows=rows)
+        job = _Job(store, observer, namespace=namespace, rows=rows, replaces=replaces)
 
         def has_room() -> bool:
             return self._bytes == 0 or self._bytes + job.nbytes <= queue_bytes or self._is_ended
@@ -382,7 +394,8 @@ class Writer:
         store, observer = batch[0].store, batch[0].observer
         left = sum(job.n for job in batch)
         try:
-            shortage = store.shortage() if left else None
+            is_replacing = any(job.replaces for job in batch)  # what is there goes, room or not
+            shortage = store.shortage() if left and not is_replacing else None
             if shortage:
                 observer.on_written(Written(dropped={shortage: left}))
                 return
@@ -397,7 +410,8 @@ class Writer:
                         observer.on_written(store.put_many(packed, self._cancels))
                         left -= sum(len(item.digests) + sum(item.dropped.values()) for item in packed)
                         packed = []
-                    packed.append(store.pack(job.namespace, part))
+                    item = store.pack(job.namespace, part)
+                    packed.append(replace(item, replaces=part.digests) if job.replaces else item)
             if packed:
                 observer.on_written(store.put_many(packed, self._cancels))
         except TurnCancelledError:
