@@ -163,7 +163,7 @@ def walk_code(
 
 def unwrap(value: object) -> object:
     """Return the user's own function behind those of ours, own or inherited."""
-    while isinstance(value, types.FunctionType) and {"__torchcache_original__", "__wrapped__"} <= vars(value).keys():
+    while isinstance(value, types.FunctionType) and _is_ours(value) and "__wrapped__" in vars(value):
         value = vars(value)["__wrapped__"]
     return value
 
@@ -659,7 +659,12 @@ _OPENED = frozenset({
 
 
 def _is_ours(value: object) -> bool:
-    return isinstance(value, types.FunctionType) and "__torchcache_original__" in vars(value)
+    """Tell a function of ours from one of the user's own around it, to which ``functools.wraps`` copied the mark."""
+    return (
+        isinstance(value, types.FunctionType)
+        and "__torchcache_original__" in vars(value)
+        and origin_of_function(value) == "torchcache"
+    )
 
 
 def _counts(name: object, value: object) -> bool:
