@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from tests.processes.cached import Towers, encode_in_a_process
-from torchcache import ConfigError, UncacheableError, cache_of, disabled, torchcache
+from torchcache import CachedFunction, ConfigError, UncacheableError, cache_of, disabled, torchcache
 
 
 class Embedder:
@@ -948,3 +948,9 @@ def test_a_method_may_be_partly_applied():
     shifted = functools.partial(towers.encode_image, shift=1.0)
     assert torch.equal(shifted(batch()), towers.vision(batch()) + 1)
     assert counts(towers.encode_image) == (4, 0)
+
+
+def test_the_protocol_is_there_to_annotate_with():
+    def run(encode: CachedFunction) -> None: ...
+
+    assert inspect.signature(run, eval_str=True).parameters["encode"].annotation is CachedFunction

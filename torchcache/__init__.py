@@ -21,7 +21,7 @@ from torchcache.stats import CacheStats
 
 if TYPE_CHECKING:
     from torchcache.cache import Cache, disabled, flush_all
-    from torchcache.decorator import cache_of, torchcache
+    from torchcache.decorator import CachedFunction, cache_of, torchcache
     from torchcache.options import CacheOptions
 
 __version__ = "1.0.0.dev0"
@@ -30,6 +30,7 @@ __all__ = [
     "Cache",
     "CacheOptions",
     "CacheStats",
+    "CachedFunction",
     "ConfigError",
     "CorruptRecordError",
     "Explanation",
@@ -47,6 +48,7 @@ __all__ = [
 _WITH_TORCH = {
     "Cache": "torchcache.cache",
     "CacheOptions": "torchcache.options",
+    "CachedFunction": "torchcache.decorator",
     "cache_of": "torchcache.decorator",
     "disabled": "torchcache.cache",
     "flush_all": "torchcache.cache",

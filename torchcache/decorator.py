@@ -10,7 +10,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from torch import nn
 
@@ -27,9 +27,52 @@ from torchcache.samples import CallSignature
 from torchcache.storage import temporary
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Never, Unpack
 
-T = TypeVar("T")
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R_co = TypeVar("R_co", covariant=True)
+Instance = TypeVar("Instance")
+Module = TypeVar("Module", bound=nn.Module)
+
+
+class CachedFunction(Protocol[P, R_co]):
+    """What ``torchcache()`` makes of a function or a method, for type checkers: called as before, and with a cache.
+
+    ``model.encode`` is one too, without the parameter ``self``, where ``encode`` is a method in the model's class.
+    """
+
+    @property
+    def cache_instance(self) -> Cache:
+        """The cache; of a method, that of its instance."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        """Return what the function returns, from the cache where it can."""
+
+    @overload
+    def __get__(self, instance: None, owner: type, /) -> CachedFunction[P, R_co]: ...
+
+    @overload
+    def __get__(
+        self: CachedFunction[Concatenate[Instance, Q], R_co], instance: Instance, owner: type | None = None, /
+    ) -> CachedFunction[Q, R_co]: ...
+
+    @overload  # of a static method, whose first parameter is no instance
+    def __get__(self, instance: object, owner: type | None = None, /) -> CachedFunction[P, R_co]: ...
+
+
+class Decorator(Protocol):
+    """What ``torchcache(**options)`` returns, for type checkers."""
+
+    # Classes and modules can be called, so the last one would take them, too: checkers take the first that fits.
+    @overload
+    def __call__(self, target: type[Module], /) -> type[Module]: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __call__(self, target: Module, /) -> Module: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def __call__(self, target: Callable[P, R_co], /) -> CachedFunction[P, R_co]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +100,12 @@ _caches: dict[int, Cache] = {}  # id of a live module -> its cache
 _making = process.ForkLock()  # guards _caches, and those of each method
 
 
-def torchcache(*target: Any, **options: Unpack[OptionArguments]) -> Callable[[T], T]:
+def torchcache(*target: Never, **options: Unpack[OptionArguments]) -> Decorator:
     """Cache what a module class, a function or a module returns, sample by sample.
 
     Use it as ``@torchcache()`` above an ``nn.Module`` class, a function or a method, or call
     ``torchcache()(module)`` or ``torchcache()(module.method)`` with a module that somebody else wrote. Classes and
-    modules are changed in place and returned; of functions and methods a wrapper is returned.
+    modules are changed in place and returned; of functions and methods a wrapper is returned (``CachedFunction``).
 
     Args:
         *target: Must be empty; only there to explain the missing parentheses of a bare ``@torchcache``.
@@ -76,15 +119,15 @@ def torchcache(*target: Any, **options: Unpack[OptionArguments]) -> Callable[[T]
         raise ConfigError("torchcache needs parentheses: write @torchcache() or torchcache()(module)")
     checked = CacheOptions.from_arguments(options)
 
-    def decorate(target: T) -> T:
+    def decorate(target: object) -> Any:  # noqa: ANN401 - Decorator says what for what
         if isinstance(target, type):
-            return _decorate_class(target, checked)  # type: ignore[return-value]
+            return _decorate_class(target, checked)
         if isinstance(target, nn.Module):
-            return _decorate_instance(target, checked)  # type: ignore[return-value]
+            return _decorate_instance(target, checked)
         if isinstance(target, types.FunctionType):
-            return _decorate_function(target, checked)  # type: ignore[return-value]
+            return _decorate_function(target, checked)
         if isinstance(target, types.MethodType):
-            return _decorate_bound_method(target, checked)  # type: ignore[return-value]
+            return _decorate_bound_method(target, checked)
         if isinstance(target, StandIn):
             raise ConfigError(f"{_name_of(target)} is decorated with torchcache() already; drop one of the two")
         raise ConfigError(
