@@ -139,6 +139,27 @@ def test_all_hidden_states_are_cached_and_count(tokens):
     assert (stats.memory_hits, stats.dropped_rows) == (2, {"state_moved": 2})
 
 
+def test_the_two_ways_into_clip_are_cached_each_by_itself():
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**size, "vocab_size": 100, "max_position_embeddings": 20, "bos_token_id": 98, "eos_token_id": 99}
+    vision = {**size, "image_size": 32, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = transformers.CLIPModel(config).eval().requires_grad_(False)
+    texts = {"input_ids": torch.randint(0, 98, (4, 8)), "attention_mask": torch.ones(4, 8, dtype=torch.long)}
+    calls = {"get_text_features": texts, "get_image_features": {"pixel_values": torch.rand(4, 3, 32, 32)}}
+    expected = {name: getattr(model, name)(**arguments) for name, arguments in calls.items()}
+    for name in calls:
+        setattr(model, name, torchcache()(getattr(model, name)))
+    for name, arguments in calls.items():
+        method = getattr(model, name)
+        for _ in range(2):
+            result = method(**arguments)
+            assert type(result) is type(expected[name])
+            assert all(torch.equal(a, b) for a, b in zip(result.values(), expected[name].values(), strict=True))
+        stats = cache_of(method).stats()
+        assert (stats.misses, stats.memory_hits, stats.dropped_rows) == (4, 4, {})
+
+
 def test_a_class_and_a_function_around_it_are_cached_too(tokens, cache_dir):
     bert = minilm()
 

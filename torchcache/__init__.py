@@ -22,7 +22,7 @@ from torchcache.stats import CacheStats
 
 if TYPE_CHECKING:
     from torchcache.cache import Cache, disabled, flush_all
-    from torchcache.decorator import cache_of, torchcache
+    from torchcache.decorator import CachedFunction, cache_of, torchcache
     from torchcache.options import CacheOptions
     from torchcache.own_keys import sample_keys
 
@@ -33,6 +33,7 @@ __all__ = [
     "CacheMissError",
     "CacheOptions",
     "CacheStats",
+    "CachedFunction",
     "ConfigError",
     "CorruptRecordError",
     "Explanation",
@@ -51,6 +52,7 @@ __all__ = [
 _WITH_TORCH = {
     "Cache": "torchcache.cache",
     "CacheOptions": "torchcache.options",
+    "CachedFunction": "torchcache.decorator",
     "cache_of": "torchcache.decorator",
     "disabled": "torchcache.cache",
     "flush_all": "torchcache.cache",

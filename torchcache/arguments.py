@@ -172,7 +172,7 @@ def open_argument(name: str, place: int | str, value: object, batch_dim: int | N
     if isinstance(value, torch.nn.Module):
         raise UncacheableError(
             f"argument {name!r} is a {type(value).__qualname__}, which cannot be part of a cache key; decorate "
-            "the module's class or the module itself instead of its method or of a function that takes it",
+            "the module's class, the module itself or a method of it instead of a function that takes it",
             argument=name,
         )
     if isinstance(value, UserDict):  # such as transformers' BatchEncoding

@@ -169,7 +169,7 @@ call_uncompiled._torchdynamo_disable = True  # type: ignore[attr-defined] # noqa
 
 
 class Cache:
-    """The cache of one module instance or one function, in this process.
+    """The cache of one module instance, one function, or one method of an object, in this process.
 
     Get it with ``torchcache.cache_of(target)`` or as ``target.cache_instance``. All methods are safe from
     any thread. A fault of disk, lock or stored bytes never leaves a cached call: it becomes a miss, a
@@ -897,14 +897,14 @@ class Cache:
 
         Raises:
             UncacheableError: As the call would.
-            ConfigError: If the module is gone.
+            ConfigError: If the module or object is gone.
         """
         function = self._target.function
-        module = None if self._target.module is None else self._target.module()
-        if module is None and self._target.module is not None:
-            raise ConfigError(f"the {self._target.name} of this cache is gone; keep a reference to the module")
+        instance = None if self._target.instance is None else self._target.instance()
+        if instance is None and self._target.instance is not None:
+            raise ConfigError(f"the instance behind {self!r} is gone; keep a reference to it")
         if self._target.is_method and isinstance(function, FunctionType):
-            function = function.__get__(module)
+            function = function.__get__(instance)
         explanation = self._explain(function, args, kwargs)
         print(explanation)  # noqa: T201 - that is what was asked for
         return explanation
@@ -1031,7 +1031,8 @@ class Cache:
         signature = self._signatures.get(plain)
         if signature is None:
             # The base's forward, called past the decorated one, gives other results for the same input.
-            label = "" if plain is unwrap(self._target.function) else getattr(plain, "__qualname__", "")
+            is_target = plain is unwrap(self._target.function)
+            label = self._target.method if is_target else getattr(plain, "__qualname__", "")
             is_method = hasattr(function, "__self__")
             signature = CallSignature.of_options(plain, self.options, is_method=is_method, label=label)
             self._signatures[plain] = signature

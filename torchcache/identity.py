@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from torchcache.keys.code import CodeWalk, walk_code
 from torchcache.keys.collectives import Talks
@@ -41,17 +40,20 @@ class Target:
         name: What to call it in the log.
         code: The class or function whose code runs.
         function: The user's own function, not bound.
-        module: The module whose state counts, weakly; None for a function.
+        instance: The module or object whose state counts, weakly; None for a function.
         arguments: Digest of the construction arguments; None if they have no stable name.
-        is_method: Whether the first parameter of ``function`` is the module.
+        is_method: Whether the first parameter of ``function`` is the instance.
+        method: Its name if it is a method, which tells those of one instance apart under a name of the user's own;
+            empty for a function, and for the forward of a module.
     """
 
     name: str
     code: type | Function
     function: Function
-    module: weakref.ref[nn.Module] | None = None
+    instance: weakref.ref[Any] | None = None
     arguments: bytes | None = b""
     is_method: bool = False
+    method: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ class Identity:
         self._options = options
         self._lock = ForkLock(on_broken=self._start_afresh)
         # Guarded by _lock:
-        self._tracker = StateTracker(target.module)
+        self._tracker = self._track()
         self._walk: CodeWalk | None = None
         self._module_hash: str | None = None
         self._last: tuple[bytes, Look] | None = None  # the fingerprint last seen, and what was made of it
@@ -174,8 +176,11 @@ class Identity:
     # -- everything below runs under the lock ---------------------------------------------------------------------
 
     def _start_afresh(self) -> None:
-        self._tracker = StateTracker(self._target.module)
+        self._tracker = self._track()
         self._module_hash = self._last = None
+
+    def _track(self) -> StateTracker:
+        return StateTracker(self._target.instance, is_inside=bool(self._target.method))
 
     def _is_private(self) -> bool:
         return self._target.arguments is None and not self._options().persistent_module_hash

@@ -345,7 +345,7 @@ class CacheOptions:
             ConfigError: If such an attribute names no option or its value is wrong.
         """
         found: dict[str, object] = {}
-        for namespace in (*(vars(c) for c in reversed(type(target).__mro__)), vars(target)):
+        for namespace in (*(vars(c) for c in reversed(type(target).__mro__)), getattr(target, "__dict__", {})):
             for key, value in namespace.items():
                 if key.startswith(ATTRIBUTE_PREFIX):
                     name = key[len(ATTRIBUTE_PREFIX) :]

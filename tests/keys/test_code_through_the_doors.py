@@ -141,6 +141,28 @@ def test_a_traced_module_has_code_of_its_own():
     assert walk_code(type(one)).fingerprint != walk_code(type(two)).fingerprint
 
 
+def test_a_decorator_of_ones_own_around_a_cached_function_counts():
+    text = """
+import functools
+from torchcache import torchcache
+def scaled(function):
+    @functools.wraps(function)
+    def wrapper(x):
+        return function(x) * 2
+    return wrapper
+@scaled
+@torchcache()
+def helper(x):
+    return x + 1
+def target(x):
+    return helper(x)
+"""
+    one, other, inner = (run(t) for t in (text, text.replace("* 2", "* 3"), text.replace("+ 1", "+ 2")))
+    fingerprints = [walk_code(names["target"]).fingerprint for names in (one, other, inner, run(text))]
+    assert len(set(fingerprints[:3])) == 3
+    assert fingerprints[3] == fingerprints[0]
+
+
 def test_writes_in_a_forward_without_grad_are_noted():
     class Net(nn.Module):
         @torch.no_grad()

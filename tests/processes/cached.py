@@ -56,3 +56,46 @@ class Encoded(Dataset):
             with self.notes.open("a") as file:
                 file.write(f"{i}\n")
         return y, str(cache.cache_dir)
+
+
+class Towers(nn.Module):
+    """Stands for a model with several ways in, such as CLIP; of whole numbers, so that a row is the same in any batch.
+
+    Args:
+        cache_dir: Where results are cached.
+        factor: Multiplies the weights.
+    """
+
+    def __init__(self, cache_dir: Path | None = None, factor: float = 1.0) -> None:
+        super().__init__()
+        self.torchcache_persistent = cache_dir is not None
+        self.torchcache_persistent_cache_dir = cache_dir
+        self.vision, self.text = nn.Linear(10, 4), nn.Linear(10, 4)
+        for number, parameter in enumerate(self.parameters()):
+            parameter.data = (torch.arange(parameter.numel()).reshape(parameter.shape) + number) * factor
+        self.requires_grad_(False)
+        self.calls = 0
+
+    @torchcache.torchcache()
+    def encode_image(self, x: torch.Tensor, shift: float = 0.0) -> torch.Tensor:
+        """Encode images."""
+        self.calls += 1
+        return self.vision(x) + shift
+
+    @torchcache.torchcache()
+    def encode_text(self, x: torch.Tensor) -> torch.Tensor:
+        return self.text(x)
+
+    def get_text_features(self, x: torch.Tensor) -> torch.Tensor:
+        return self.text(x) * 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encode_image(x) * self.encode_text(x)
+
+
+def encode_in_a_process(towers: Towers, name: str, x: torch.Tensor, answer: Path) -> None:
+    """Call a method of towers that came from another process, and note what was found on disk."""
+    method = getattr(towers, name)
+    y = method(x)
+    cache = method.cache_instance
+    torch.save((y, cache.module_hash, cache.stats().store_hits), answer)

@@ -55,6 +55,7 @@ __all__ = [
     "MISSING",
     "CodeWalk",
     "Name",
+    "StandIn",
     "Writes",
     "fingerprint_code",
     "is_own_class",
@@ -131,6 +132,16 @@ class CodeWalk:
         return self._watch.has_changed()
 
 
+class StandIn:
+    """Stands in place of a function or a bound method of the user's own, and is no function itself."""
+
+    __slots__ = ()
+
+    def stands_for(self) -> Callable[..., object]:
+        """Return the function or bound method."""
+        raise NotImplementedError
+
+
 def walk_code(
     target: type | Callable[..., object], parts: Iterable[object] = (), *, entry: str = "forward"
 ) -> CodeWalk:
@@ -155,7 +166,7 @@ def walk_code(
             walk.visit_class(part)
         else:
             entries |= walk.visit_held(part)
-    walk.note_what_runs(entries)
+    walk.note_what_runs(entries, target)
     for part in roots.values():
         walk.note_held(part)
     return walk.result()
@@ -163,9 +174,13 @@ def walk_code(
 
 def unwrap(value: object) -> object:
     """Return the user's own function behind those of ours, own or inherited."""
-    while isinstance(value, types.FunctionType) and {"__torchcache_original__", "__wrapped__"} <= vars(value).keys():
-        value = vars(value)["__wrapped__"]
-    return value
+    while True:
+        if isinstance(value, types.FunctionType) and _is_ours(value) and "__wrapped__" in vars(value):
+            value = vars(value)["__wrapped__"]
+        elif isinstance(value, StandIn):
+            value = value.stands_for()
+        else:
+            return value
 
 
 def _home_of(target: type | Callable[..., object]) -> str | None:
@@ -554,8 +569,10 @@ class _Walk:
 
     # -- what the code does when it runs -----------------------------------------------------------------
 
-    def note_what_runs(self, entries: set[str]) -> None:
+    def note_what_runs(self, entries: set[str], target: object) -> None:
         """Note what the code that runs from ``entries`` on, followed by name through all classes, writes and reads.
+
+        If ``target`` is a method, the names that classes give it are entries too.
 
         And whether it talks to other ranks, or asks for its own.
 
@@ -573,6 +590,12 @@ class _Walk:
                 for found in () if id(function) in methods else self._own_functions_in(function):
                     for name in {label, function.__name__}:
                         by_name.setdefault(name, []).append((None, found))
+        targets = set() if isinstance(target, type) else {id(function) for function in self._own_functions_in(target)}
+        entries = entries | {
+            name
+            for name, found in by_name.items()
+            if any(owner and id(function) in targets for owner, function in found)
+        }
         special = {name for name in by_name if name.startswith("__") and name not in _BUILDERS}
         waiting, known = sorted({*entries, *special} - _BUILDERS), {*entries, *special, *_BUILDERS}
         noted: set[tuple[type | None, int]] = set()
@@ -659,7 +682,12 @@ _OPENED = frozenset({
 
 
 def _is_ours(value: object) -> bool:
-    return isinstance(value, types.FunctionType) and "__torchcache_original__" in vars(value)
+    """Tell a function of ours from one of the user's own around it, to which ``functools.wraps`` copied the mark."""
+    return (
+        isinstance(value, types.FunctionType)
+        and "__torchcache_original__" in vars(value)
+        and origin_of_function(value) == "torchcache"
+    )
 
 
 def _counts(name: object, value: object) -> bool:

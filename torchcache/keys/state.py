@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
-from torchcache.keys.code import MISSING, CodeWalk, Name
+from torchcache.keys.code import MISSING, CodeWalk, Name, StandIn, unwrap
 from torchcache.keys.collectives import (
     Talks,
     is_distributed_tensor,
@@ -42,6 +42,7 @@ from torchcache.keys.collectives import (
 from torchcache.keys.dict_versions import Reader, versions_of
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.mode import ambient_reason, autocast_in_force, current_mode
+from torchcache.keys.places import AttributesOf
 from torchcache.keys.ranks import has_other_ranks, rank_and_size
 from torchcache.keys.tensor_digest import is_freed
 from torchcache.keys.values import (
@@ -51,6 +52,7 @@ from torchcache.keys.values import (
     encode_content,
     encode_plain,
     encode_state,
+    slots_of,
     type_name,
 )
 
@@ -85,7 +87,7 @@ _COMPARABLE = (str, bytes, type(None), nn.Module, torch.Tensor)
 _CONTAINERS = (list, dict, set, deque, bytearray, np.ndarray)
 #: Objects without attributes that change all the same.
 _ENCODED_EACH_TIME = (*GENERATORS, threading.Event, ContextVar, array, itertools.count, itertools.cycle)
-_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
+_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, StandIn)
 
 #: Objects inside objects are watched so deep.
 _WATCH_DEPTH = 32
@@ -112,16 +114,20 @@ Parts = list[tuple[str, bytes]]
 
 
 class StateTracker:
-    """The state that shapes what one module, or one function, returns.
+    """The state that shapes what one module, a method of one object, or one function returns.
 
     Not thread-safe: its owner calls it under a lock.
 
     Args:
-        module: The module whose state counts, weakly: it must not live for its cache; None for a function.
+        instance: The module or object whose state counts, weakly: it must not live for its cache; None for a
+            function.
+        is_inside: Whether calls of the module itself, with its hooks, may come from inside what is cached, as
+            they may from a method.
     """
 
-    def __init__(self, module: weakref.ref[nn.Module] | None) -> None:
-        self._module = module
+    def __init__(self, instance: weakref.ref[Any] | None, *, is_inside: bool = False) -> None:
+        self._instance = instance
+        self._is_inside = is_inside
         self._walk: CodeWalk | None = None
         self._roots: list[object] = []
         self._salt = b""
@@ -157,8 +163,8 @@ class StateTracker:
         self._snapshot = None
 
     def code(self, walk: CodeWalk | None = None) -> list[object]:
-        """Return the functions and classes that the module's state holds, and the names of ``walk``."""
-        return _Snapshot(self._root(), walk or CodeWalk()).code
+        """Return the functions and classes that the state holds, and the names of ``walk``."""
+        return self._take(walk or CodeWalk()).code
 
     @property
     def code_has_moved(self) -> bool:
@@ -247,7 +253,7 @@ class StateTracker:
             return True
         if not self._snapshot.looks_moved():
             return False
-        now = _Snapshot(self._root(), self._walk)
+        now = self._take(self._walk)
         if not now.is_same(self._snapshot):
             return True
         self._snapshot = now
@@ -255,14 +261,14 @@ class StateTracker:
 
     def describe(self) -> Parts:
         """Return the parts of the fingerprint by name, each with its digest, from a new look at everything."""
-        snapshot = _Snapshot(self._root(), self._walk)
+        snapshot = self._take(self._walk)
         parts: Parts = [("mode", repr(self._current_mode()).encode())]
         parts += [(f"weights {name}", encode_content(t) or b"opaque") for name, t in snapshot.named_tensors]
         parts += [(f"state {name}", value) for name, value in snapshot.parts]
         return [(name, digest_parts([value])) for name, value in parts]
 
-    def _root(self) -> nn.Module | None:
-        return None if self._module is None else self._module()
+    def _take(self, walk: CodeWalk | None) -> _Snapshot:
+        return _Snapshot(None if self._instance is None else self._instance(), walk, is_inside=self._is_inside)
 
     def _current_mode(self) -> tuple[object, ...]:
         """Return the mode, and the rank for code that asks for it: its results are each rank's own.
@@ -275,7 +281,7 @@ class StateTracker:
 
     def _look_again(self) -> bytes:
         started = time.monotonic()
-        self._snapshot, self._mode = _Snapshot(self._root(), self._walk), self._current_mode()
+        self._snapshot, self._mode = self._take(self._walk), self._current_mode()
         if self._restless >= _RESTLESS_CALLS and not self._force:
             self._fingerprint = b""
             return b""
@@ -441,9 +447,10 @@ class _Places:
 class _Snapshot:
     """What one look at the state saw, in a form that the next call compares quickly."""
 
-    def __init__(self, root: nn.Module | None, walk: CodeWalk | None) -> None:
+    def __init__(self, root: object, walk: CodeWalk | None, *, is_inside: bool) -> None:
         self._places = _Places()
         self._walk = walk
+        self._owner = root if not isinstance(root, nn.Module) else None  # what is looked at, if it is no module
         self._named = [] if walk is None else [
             name for name in walk.names
             if not walk.writes.leave_out_name(name.key, is_container=_is_container(name.read()))
@@ -458,7 +465,8 @@ class _Snapshot:
         self.unnamed: list[tuple[str, str]] = []
         self.has_inner_hooks = False
         self.crossings: list[str] = []  # what of the state other ranks take part in
-        self.parts: Parts = self._collect(root)
+        self.parts: Parts = self._collect(root, is_inside=is_inside)
+        self._owner = None  # it must not live for its snapshot
         self.code = list(self._code.values())
         self.parameters: list[torch.Tensor] = [t for t in self._tensors if isinstance(t, nn.Parameter)]
         self.requires_grad = any(map(_REQUIRES_GRAD, self.parameters))
@@ -504,9 +512,12 @@ class _Snapshot:
 
     # -- collecting ---------------------------------------------------------------------------------------
 
-    def _collect(self, root: nn.Module | None) -> Parts:
+    def _collect(self, root: object, *, is_inside: bool) -> Parts:
         """Fill modules, tensors and places; return the encoded plain state, part by part."""
-        parts: Parts = [] if root is None else self._collect_tree(root, "", inner=False)
+        if isinstance(root, nn.Module):
+            parts = self._collect_tree(root, "", inner=is_inside)
+        else:
+            parts = [] if root is None else self._collect_object(root)
         parts += [(f"name {name.label}", self._encode(name.read(), name.label)) for name in self._named]
         return parts
 
@@ -530,6 +541,24 @@ class _Snapshot:
                 parts += self._collect_module(path, module, is_inner=is_inner)
         return parts
 
+    def _collect_object(self, root: object) -> Parts:
+        """Collect the object that a method belongs to, and that is no module: its attributes are its state."""
+        cls = type(root)
+        self._known[id(root)] = -1  # what of it counts is watched here
+        self._note_code(cls)
+        attributes = attributes_of(root) or {}
+        if self._walk is None:
+            modules = [(key, value) for key, value in sorted(attributes.items()) if isinstance(value, nn.Module)]
+            return [part for key, module in modules for part in self._collect_tree(module, key, inner=True)]
+        counted = [key for key, value in sorted(attributes.items()) if not self._is_left_out(root, key, value)]
+        plain = getattr(root, "__dict__", None)
+        if isinstance(plain, dict):
+            self._places.watch(plain, [key for key in counted if key in plain])
+        held = AttributesOf(weakref.ref(root))
+        slots = [key for key in slots_of(cls) if key in counted or key not in attributes]
+        self._places.watch_names(Name(key, held, key) for key in slots)
+        return [("object", type_name(cls)), *((key, self._encode(attributes[key], key)) for key in counted)]
+
     def _collect_module(self, path: str, module: nn.Module, *, is_inner: bool) -> Parts:
         attributes = vars(module)
         prefix = f"{path}." if path else ""
@@ -538,7 +567,7 @@ class _Snapshot:
             self._tensors += [t for t in attributes["_parameters"].values() if t is not None]
             return [(f"{prefix}training", str(module.training).encode())]
         parts: Parts = []
-        left_out = [key for key, value in attributes.items() if self._is_left_out(type(module), key, value)]
+        left_out = [key for key, value in attributes.items() if self._is_left_out(module, key, value)]
         for key, value in sorted(attributes.items()):
             if key not in _MODULE_INTERNALS and key not in left_out:
                 parts.append((f"{prefix}{key}", self._encode(value, f"{prefix}{key}")))
@@ -584,7 +613,8 @@ class _Snapshot:
         self._places.watch(attributes["_modules"], attributes["_modules"])
         return encode_compiler(getattr(attributes["dynamo_ctx"], "callback", None))
 
-    def _is_left_out(self, cls: type, key: str, value: object) -> bool:
+    def _is_left_out(self, owner: object, key: str, value: object) -> bool:
+        cls = type(owner)
         return (
             key.startswith(("torchcache_", "_torchcache_"))
             or key == "cache_instance"
@@ -594,6 +624,7 @@ class _Snapshot:
                 and self._walk.writes.leave_out_attribute(cls, key, is_container=_is_container(value))
             )
             or (key == "forward" and hasattr(value, "__torchcache_original__"))
+            or (isinstance(value, StandIn) and _is_method_of(value, owner, key))
         )
 
     def _encode(self, value: object, path: str) -> bytes:
@@ -610,7 +641,7 @@ class _Snapshot:
         def refer(inner: nn.Module | torch.Tensor) -> bytes:
             return self._refer(inner, path)
 
-        return encode_state(value, path, refer, self._note_code, self._note_unnamed)
+        return encode_state(value, path, refer, self._note_code, self._note_unnamed, owner=self._owner)
 
     def _note_code(self, code: object) -> None:
         if isinstance(code, (types.FunctionType, type)) or is_module_of_torch(code):
@@ -621,6 +652,7 @@ class _Snapshot:
 
     def _watch(self, value: object, path: str, *, depth: int) -> None:
         """See to it that a change inside ``value`` is noticed at the next call."""
+        value = unwrap(value) if isinstance(value, StandIn) else value
         if isinstance(value, types.MethodType):
             value = value.__self__
         if isinstance(value, (nn.Module, torch.Tensor, type, *_CODE)) or depth > _WATCH_DEPTH:
@@ -774,6 +806,16 @@ def _is_constant_of_library(key: str, value: object) -> bool:
     Its texts and what it hides may be the process's own, such as the name of a session.
     """
     return type(value) in _NUMBERS and not key.startswith("_")
+
+
+def _is_method_of(value: StandIn, owner: object, key: str) -> bool:
+    """Tell whether what lies at a key of an object is the method that its class has there, cached."""
+    bound = value.stands_for()
+    return (
+        isinstance(bound, types.MethodType)
+        and bound.__self__ is owner
+        and unwrap(getattr(type(owner), key, None)) is bound.__func__
+    )
 
 
 def _is_container(value: object) -> bool:

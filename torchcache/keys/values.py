@@ -30,7 +30,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from torchcache.keys.code import fingerprint_code, unwrap, walk_code
+from torchcache.keys.code import StandIn, fingerprint_code, unwrap, walk_code
 from torchcache.keys.digest import digest_bytes, digest_parts
 from torchcache.keys.tensor_digest import digest_tensor
 
@@ -108,7 +108,13 @@ def encode_argument(value: object, path: str) -> bytes:
 
 
 def encode_state(
-    value: object, path: str, refer: Refer, on_code: OnCode | None = None, on_unnamed: OnUnnamed | None = None
+    value: object,
+    path: str,
+    refer: Refer,
+    on_code: OnCode | None = None,
+    on_unnamed: OnUnnamed | None = None,
+    *,
+    owner: object = None,
 ) -> bytes:
     """Return the bytes of a plain attribute, a global or a closure variable.
 
@@ -121,8 +127,10 @@ def encode_state(
         refer: What to say of a module or a tensor found in it.
         on_code: Called with each function found in it, and with the class of each object.
         on_unnamed: Called with path and type of whatever has no stable name; it counts by its type then.
+        owner: The object whose attribute it is; found in it, it counts by its place and not once more by value.
     """
-    return _StateEncoder(refer, on_code or _ignore, on_unnamed or _ignore).encode(value, path)
+    encoder = _StateEncoder(refer, on_code or _ignore, on_unnamed or _ignore)
+    return encoder.encode_inside(owner, value, path)
 
 
 def _ignore(*_: object) -> None:
@@ -164,6 +172,12 @@ class _Encoder:
         self._kept.append(value)
         return encoded
 
+    def encode_inside(self, owner: object, value: object, path: str) -> bytes:
+        """Encode what lies in ``owner``, which is a cycle where it is found again."""
+        if owner is not None:
+            self._inside[id(owner)] = 0
+        return self.encode(value, path)
+
     # -- what the two kinds of encoding do differently
 
     def encode_object(self, value: object, path: str) -> bytes:
@@ -185,6 +199,8 @@ class _Encoder:
     # -- what they share
 
     def _encode_composite(self, value: object, path: str) -> bytes:
+        if isinstance(value, StandIn):
+            return self.encode(unwrap(value), path)
         name = type_name(type(value))
         if isinstance(value, torch.nn.Module):
             return digest_parts([b"module", name, self.refer(value)])
@@ -382,8 +398,8 @@ def _architecture(module: torch.nn.Module) -> bytes:
     return digest_parts(parts)
 
 
-def type_name(kind: type) -> bytes:
-    """Name a type; a script's module is ``__main__`` here and ``__mp_main__`` in a spawned worker."""
+def type_name(kind: type | types.FunctionType) -> bytes:
+    """Name a type or a function; a script's module is ``__main__`` here and ``__mp_main__`` in a spawned worker."""
     module = "" if kind.__module__ in ("__main__", "__mp_main__") else kind.__module__
     return f"{module}.{kind.__qualname__}".encode()
 
@@ -391,14 +407,29 @@ def type_name(kind: type) -> bytes:
 def attributes_of(value: object) -> dict[str, Any] | None:
     """Return the attributes in an object's ``__dict__`` and slots; None if its class provides for none."""
     attributes = getattr(value, "__dict__", None)
-    slots = [name for base in type(value).__mro__ for name, slot in vars(base).items() if isinstance(slot, _SLOT)]
+    slots = slots_of(type(value))
     if not slots:
         return attributes if isinstance(attributes, dict) else None
     present = {name: getattr(value, name) for name in slots if hasattr(value, name)}
     return {**present, **attributes} if isinstance(attributes, dict) else present
 
 
+def slots_of(cls: type) -> list[str]:
+    """Return the names of the slots of a class and its bases, whether they are set or not."""
+    return [name for base in cls.__mro__ for name, slot in vars(base).items() if isinstance(slot, _SLOT)]
+
+
+def has_attributes_only(cls: type) -> bool:
+    """Tell whether all that instances of a class hold are attributes, by the room that they take.
+
+    A class of C has room for more, and so have those derived from it: of dict, a tensor or a tokenizer.
+    """
+    pointers = len(slots_of(cls)) + (cls.__dictoffset__ > 0) + (cls.__weakrefoffset__ > 0)
+    return not cls.__itemsize__ and cls.__basicsize__ == object.__basicsize__ + pointers * _POINTER_BYTES
+
+
 _SLOT = types.MemberDescriptorType
+_POINTER_BYTES = struct.calcsize("P")
 
 
 def _own_repr(value: object) -> str | None:

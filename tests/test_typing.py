@@ -1,0 +1,28 @@
+"""What two type checkers say of calls that users write, ``tests/typing``.
+
+Expected errors are marked there, and a mark without an error is an error: so is a check that finds nothing any more.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+#: Mypy takes the package's own settings, which are strict, and shares the cache of the package's own check.
+CHECKERS = {
+    "mypy": ["mypy", "tests/typing"],
+    "pyright": ["basedpyright", "--pythonpath", sys.executable],
+}
+
+
+@pytest.mark.parametrize("command", CHECKERS.values(), ids=CHECKERS.keys())
+def test_calls_that_users_write_have_the_types_and_the_errors_that_they_should(command):
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, timeout=110, check=False, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
