@@ -23,6 +23,7 @@ from torchcache.stats import CacheStats
 if TYPE_CHECKING:
     from torchcache.cache import Cache, disabled, flush_all
     from torchcache.decorator import CachedFunction, cache_of, torchcache
+    from torchcache.lazy_module import lazy
     from torchcache.options import CacheOptions
     from torchcache.own_keys import sample_keys
 
@@ -44,6 +45,7 @@ __all__ = [
     "cache_of",
     "disabled",
     "flush_all",
+    "lazy",
     "sample_keys",
     "set_logger_config",
     "torchcache",
@@ -56,6 +58,7 @@ _WITH_TORCH = {
     "cache_of": "torchcache.decorator",
     "disabled": "torchcache.cache",
     "flush_all": "torchcache.cache",
+    "lazy": "torchcache.lazy_module",
     "sample_keys": "torchcache.own_keys",
     "torchcache": "torchcache.decorator",
 }

@@ -176,12 +176,12 @@ class Cache:
     counter in ``stats().faults`` and one line in the log per kind.
     """
 
-    def __init__(self, target: Target, options: Callable[[], CacheOptions]) -> None:
+    def __init__(self, target: Target, options: Callable[[], CacheOptions], identity: Identity | None = None) -> None:
         self._target = target
         self._make_options = options  # asked at first use: a module's attributes count
         self._counters = Counters()
         self._signatures: dict[Function, CallSignature] = {}
-        self._identity = Identity(target, lambda: self.options)
+        self._identity = identity or Identity(target, lambda: self.options)
         self._verdicts = Verdicts()
         self._flights = Flights()
         self._known = KnownClasses()
@@ -310,6 +310,8 @@ class Cache:
         except CorruptRecordError as error:
             self.on_fault(error, 0)
             return self._go_around("result_cannot_be_rebuilt", call)
+        if self._identity.settle(look):
+            return self._call(function, args, kwargs)
         return self._compute(call, found, missing, doubted)
 
     def _keys_agree(self, call: _Call) -> bool:
@@ -406,7 +408,7 @@ class Cache:
         if lookup.verdict is not Verdict.UNKNOWN and self._verdicts.of(namespace) is Verdict.UNKNOWN:
             self._verdicts.note(namespace, lookup.verdict)
         if lookup.found and sink is not None and sink.needs_touch(namespace):
-            self._do(sink, partial(sink.touch, namespace))
+            self._touch(sink, namespace)
         return lookup.found, lookup.missing
 
     def _choose(self, found: Sequence[Found]) -> list[int]:
@@ -826,16 +828,18 @@ class Cache:
     def _keep(self, call: _Call, rows: Rows, *, replaces: bool = False) -> bool:
         """Keep rows in memory and hand them to the writer; return whether it took them."""
         self._remember(call.namespace, rows)
-        if call.sink is None:
-            return False
+        return call.sink is not None and self._store(call.sink, call.namespace, rows, replaces=replaces)
+
+    def _store(self, sink: LmdbStore, namespace: bytes, rows: Rows, *, replaces: bool) -> bool:
+        """Hand rows to the writer; return whether it took them."""
         queue_bytes, flush_seconds = self.options.queue_bytes, self._flush_seconds()
         if queue_bytes is None:
             queue_bytes = WORKER_QUEUE_BYTES if process.is_child() else DEFAULT_QUEUE_BYTES
         try:
             accepted = writer.put(
-                call.sink,
+                sink,
                 self,
-                call.namespace,
+                namespace,
                 rows,
                 queue_bytes=queue_bytes,
                 timeout_seconds=self.options.queue_timeout_seconds,
@@ -851,6 +855,10 @@ class Cache:
                 "queue_full", "the write queue stayed full for queue_timeout_seconds; rows are not stored on disk"
             )
         return accepted
+
+    def _touch(self, store: LmdbStore, namespace: bytes) -> None:
+        """Note on disk that a namespace is in use."""
+        self._do(store, partial(store.touch, namespace))
 
     def _do(self, store: LmdbStore, task: Callable[[Callable[[], bool]], object]) -> None:
         writer.do(store, self, task, flush_seconds=self._flush_seconds())

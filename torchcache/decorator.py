@@ -151,6 +151,8 @@ def cache_of(target: object) -> Cache:
             cache = forward.cache(target)
         elif _OPTIONS in dir(type(target)):
             cache = _cache_of_instance(target)
+        else:
+            cache = vars(target).get("cache_instance")
     elif isinstance(target, (types.FunctionType, StandIn)):
         found = getattr(target, "cache_instance", None)
         cache = found if isinstance(found, Cache) else None
@@ -173,7 +175,7 @@ def _name_of(target: object) -> str:
     return _name_of(target.stands_for()) if isinstance(target, StandIn) else type(target).__qualname__
 
 
-def _prepare(options: CacheOptions, function: Callable[..., Any], *, is_method: bool) -> None:
+def prepare(options: CacheOptions, function: Callable[..., Any], *, is_method: bool) -> None:
     """Check the merged options, and see to it that a temporary directory is gone at the end.
 
     Here and not at first use: workers may use it although this process never does.
@@ -299,7 +301,7 @@ def _encode_arguments(cls: type, args: tuple[Any, ...], kwargs: Mapping[str, Any
 def _check_construction(module: nn.Module) -> None:
     """Check what only a whole instance can tell; called at the end of the outermost constructor."""
     options = _merged_options(module)
-    _prepare(options, type(module).forward, is_method=True)
+    prepare(options, type(module).forward, is_method=True)
     arguments = vars(module).get(_ARGUMENTS)
     if isinstance(arguments, UnnamedArgument) and options.enabled and not options.persistent_module_hash:
         warnings.warn(
@@ -336,7 +338,7 @@ def _cache_of_instance(module: nn.Module) -> Cache | None:
 
 def _make_cache(module: nn.Module) -> Cache:
     options = _merged_options(module)
-    _prepare(options, type(module).forward, is_method=True)
+    prepare(options, type(module).forward, is_method=True)
     arguments = vars(module).get(_ARGUMENTS, b"")
     with _making.raw:
         cache = _caches.get(id(module))
@@ -450,7 +452,7 @@ def _decorate_instance(module: nn.Module, options: CacheOptions) -> nn.Module:
             f"torchcache() cannot decorate a {type(module).__qualname__}: its code is not Python any more; call it "
             "from a module or function of your own and decorate that"
         )
-    _prepare(options.with_attributes(module), module.forward, is_method=False)
+    prepare(options.with_attributes(module), module.forward, is_method=False)
     forward = _CachedForward(module, options)
     module.forward = forward
     forward.cache(module)
@@ -468,7 +470,7 @@ def _decorate_function(function: types.FunctionType, options: CacheOptions) -> C
 
 
 def _cache_function(function: types.FunctionType, options: CacheOptions) -> Callable[..., Any]:
-    _prepare(options, function, is_method=False)
+    prepare(options, function, is_method=False)
     if not options.enabled:
         return function
     cache = Cache(Target(name=function.__qualname__, code=function, function=function), lambda: options)
@@ -558,7 +560,7 @@ class _CachedMethod(StandIn):
     def merged_options(self, instance: object) -> CacheOptions:
         """Return the options with those the instance's attributes set, checked together."""
         options = self._options.with_attributes(instance)
-        _prepare(options, self._function, is_method=True)
+        prepare(options, self._function, is_method=True)
         return options
 
     def _make_cache(self, instance: object) -> Cache:
