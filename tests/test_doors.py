@@ -545,7 +545,7 @@ def test_cache_of_returns_the_cache_of_every_door(module):
     assert cache_of(documented) is documented.cache_instance
 
 
-@pytest.mark.parametrize("target", [Documented, nn.Linear(2, 2), lambda x: x, 3, None], ids=str)
+@pytest.mark.parametrize("target", [Documented, nn.Linear(2, 2), lambda x: x, 3, None])
 def test_cache_of_something_without_a_cache_says_so(target):
     with pytest.raises(ConfigError, match="has no cache"):
         cache_of(target)
@@ -662,7 +662,7 @@ def test_a_class_that_is_no_module_is_refused():
         torchcache()(Plain)
 
 
-@pytest.mark.parametrize("target", [3, "forward", None, len, torch.rand(2, 2)], ids=str)
+@pytest.mark.parametrize("target", [3, "forward", None, len, torch.rand(2, 2)])
 def test_what_is_neither_module_nor_function_is_refused(target):
     with pytest.raises(ConfigError, match="cannot decorate"):
         torchcache()(target)

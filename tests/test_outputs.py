@@ -18,6 +18,7 @@ from torchcache import UncacheableError, outputs
 from torchcache.errors import CorruptRecordError
 from torchcache.layout import CHANNELS_LAST, CONTIGUOUS, DTYPE_SIZES, MAX_LEAVES, Layout, Leaf
 from torchcache.outputs import (
+    check_leaves,
     detached,
     devices_of,
     flatten,
@@ -69,7 +70,7 @@ pytree.register_pytree_node(Fussy, lambda fussy: ([fussy.content], None), lambda
 def raw(tensor):
     """Return the bytes of a tensor in row-major order, whatever its dtype."""
     plain = tensor.detach().resolve_conj().resolve_neg()
-    return bytes(plain.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return bytes(plain.clone(memory_format=torch.contiguous_format).reshape(-1).view(torch.uint8).numpy())
 
 
 def assert_same_tensor(a, b):
@@ -89,7 +90,9 @@ def assert_same(a, b):
 
 
 def stored(output, n=N, cache_dtype=None, known=None):
-    return take_apart(flatten(output), n, cache_dtype, KnownClasses() if known is None else known)
+    tree = flatten(output)
+    check_leaves(tree, n)
+    return take_apart(tree, n, cache_dtype, KnownClasses() if known is None else known)
 
 
 def round_trip(output, n=N, cache_dtype=None):
