@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torchcache.errors import (
     ConfigError,
     CorruptRecordError,
+    SampleError,
     StoreError,
     TorchcacheError,
     UncacheableError,
@@ -21,6 +22,7 @@ from torchcache.stats import CacheStats
 
 if TYPE_CHECKING:
     from torchcache.cache import Cache, disabled, flush_all
+    from torchcache.dataset import CachedDataset, CachedIterableDataset, Warmed
     from torchcache.decorator import cache_of, torchcache
     from torchcache.options import CacheOptions
 
@@ -30,13 +32,17 @@ __all__ = [
     "Cache",
     "CacheOptions",
     "CacheStats",
+    "CachedDataset",
+    "CachedIterableDataset",
     "ConfigError",
     "CorruptRecordError",
     "Explanation",
+    "SampleError",
     "SampleExplanation",
     "StoreError",
     "TorchcacheError",
     "UncacheableError",
+    "Warmed",
     "cache_of",
     "disabled",
     "flush_all",
@@ -47,6 +53,9 @@ __all__ = [
 _WITH_TORCH = {
     "Cache": "torchcache.cache",
     "CacheOptions": "torchcache.options",
+    "CachedDataset": "torchcache.dataset",
+    "CachedIterableDataset": "torchcache.dataset",
+    "Warmed": "torchcache.dataset",
     "cache_of": "torchcache.decorator",
     "disabled": "torchcache.cache",
     "flush_all": "torchcache.cache",

@@ -22,7 +22,7 @@ from torchcache import process
 from torchcache.errors import ConfigError, CorruptRecordError, StoreError, TorchcacheError, UncacheableError
 from torchcache.explanation import Explanation, SampleExplanation
 from torchcache.flights import Flight, Flights
-from torchcache.identity import Function, Identity, Look, Target
+from torchcache.identity import FixedIdentity, Function, Identity, Look, Target
 from torchcache.keys.code import unwrap
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.ranks import collectives_done, is_in_a_job
@@ -160,12 +160,14 @@ class Cache:
     counter in ``stats().faults`` and one line in the log per kind.
     """
 
-    def __init__(self, target: Target, options: Callable[[], CacheOptions]) -> None:
+    def __init__(
+        self, target: Target, options: Callable[[], CacheOptions], identity: FixedIdentity | None = None
+    ) -> None:
         self._target = target
         self._make_options = options  # asked at first use: a module's attributes count
         self._counters = Counters()
         self._signatures: dict[Function, CallSignature] = {}
-        self._identity = Identity(target, lambda: self.options)
+        self._identity: Identity | FixedIdentity = identity or Identity(target, lambda: self.options)
         self._verdicts = Verdicts()
         self._flights = Flights()
         self._known = KnownClasses()
@@ -990,7 +992,8 @@ class Cache:
         self._counters.add_to("bypasses", reason)
         self._counters.add(bypassed_rows=rows)
         because = f"{reason}: {evidence}" if evidence else reason
-        self._say(f"bypass {reason}", f"the cache is bypassed: {remedy_for(reason)} ({because})")
+        remedy = self._target.remedies.get(reason) or remedy_for(reason)
+        self._say(f"bypass {reason}", f"the cache is bypassed: {remedy} ({because})")
 
     def _note_fault(self, kind: str, message: str, amount: int = 1) -> None:
         self._counters.add_to("faults", kind, amount)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
+from torch.utils.data import Dataset
 
 from torchcache import process
 from torchcache.cache import Cache
@@ -76,14 +77,15 @@ def torchcache(*target: Any, **options: Unpack[OptionArguments]) -> Callable[[T]
         if isinstance(target, types.FunctionType):
             return _decorate_function(target, checked)  # type: ignore[return-value]
         raise ConfigError(
-            f"torchcache() cannot decorate {target!r}: give it an nn.Module class, an nn.Module or a function"
+            f"torchcache() cannot decorate {target!r}: give it an nn.Module class, an nn.Module or a function, and a "
+            "dataset to CachedDataset"
         )
 
     return decorate
 
 
 def cache_of(target: object) -> Cache:
-    """Return the cache of a decorated function, of an instance of a decorated class, or of a decorated module.
+    """Return the cache of a decorated function or module, an instance of a decorated class, or a ``CachedDataset``.
 
     Raises:
         ConfigError: If the target is not decorated, or is not enabled.
@@ -95,7 +97,7 @@ def cache_of(target: object) -> Cache:
             cache = forward.cache(target)
         elif _OPTIONS in dir(type(target)):
             cache = _cache_of_instance(target)
-    elif isinstance(target, types.FunctionType):
+    elif isinstance(target, (types.FunctionType, Dataset)):
         found = getattr(target, "cache_instance", None)
         cache = found if isinstance(found, Cache) else None
     if cache is None:

@@ -5,6 +5,7 @@
     TorchcacheError
     ├── ConfigError        an option, a decorated target or an attribute is wrong (raised while setting up)
     ├── UncacheableError   a call cannot be keyed or its result cannot be split into samples
+    ├── SampleError        a dataset raised while its cache was filled
     ├── StoreError         the disk tier cannot be used (never leaves a cached call)
     └── CorruptRecordError stored bytes fail a check (never leaves a cached call)
 
@@ -34,6 +35,14 @@ class UncacheableError(TorchcacheError, ValueError, TypeError):
     def __init__(self, message: str, *, argument: str | None = None) -> None:
         super().__init__(message)
         self.argument = argument
+
+
+class SampleError(TorchcacheError, RuntimeError):
+    """A dataset raised while ``CachedDataset.warm`` filled its cache; ``index`` says where."""
+
+    def __init__(self, message: str, *, index: object = None) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 class StoreError(TorchcacheError, OSError):

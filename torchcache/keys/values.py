@@ -7,6 +7,7 @@ seed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
@@ -125,6 +126,26 @@ def encode_state(
     return _StateEncoder(refer, on_code or _ignore, on_unnamed or _ignore).encode(value, path)
 
 
+#: Asked about each attribute, with the class of its object: whether it shapes nothing.
+LeavesOut = Callable[[type, str, object], bool]
+
+
+def encode_whole(value: object, path: str, on_code: OnCode, on_unnamed: OnUnnamed, leaves_out: LeavesOut) -> bytes:
+    """Return the bytes of an object that is looked at once: all that it holds, by value, however large.
+
+    As ``encode_state``, but modules and tensors count by all they hold too, an object with a ``__getstate__`` of its
+    own by what that returns, and what is open (files, sockets) has no stable name.
+
+    Args:
+        value: The value.
+        path: What to call it.
+        on_code: Called with each function found in it, and with the class of each object.
+        on_unnamed: Called with path and type of whatever has no stable name; it counts by its type then.
+        leaves_out: Tells which attributes do not count.
+    """
+    return _WholeEncoder(on_code, on_unnamed, leaves_out).encode(value, path)
+
+
 def _ignore(*_: object) -> None:
     """Tell nobody."""
 
@@ -133,6 +154,7 @@ class _Encoder:
     """One encoding; the same value is encoded once, and one that contains itself comes to an end."""
 
     is_order_kept = False  # of dicts
+    most_values = 100_000  # what lies beyond this bound has no name
 
     def __init__(self, refer: Refer, on_code: OnCode) -> None:
         self.refer = refer
@@ -153,7 +175,7 @@ class _Encoder:
         known = self._done.get(number)
         if known is not None:
             return known
-        if len(self._done) >= _MOST_VALUES or len(self._inside) >= _DEEPEST:
+        if len(self._done) >= self.most_values or len(self._inside) >= _DEEPEST:
             return self.unnamed(value, path)
         self._inside[number] = len(self._inside)
         try:
@@ -311,8 +333,11 @@ class _StateEncoder(_Encoder):
         name = type_name(type(value))
         self.on_code(type(value))
         attributes = attributes_of(value)
-        if attributes is not None:
-            return self._attributes(name, attributes, path)
+        return self._reduced(value, path) if attributes is None else self._attributes(name, attributes, path)
+
+    def _reduced(self, value: object, path: str) -> bytes:
+        """Encode an object by what pickle would keep of it."""
+        name = type_name(type(value))
         if isinstance(value, torch.jit.ScriptFunction):
             return digest_parts([b"script", str(value.code).encode()])
         try:
@@ -336,6 +361,62 @@ class _StateEncoder(_Encoder):
     def _attributes(self, head: bytes, attributes: Mapping[str, object], path: str) -> bytes:
         pairs = [(k.encode(), self.encode(v, f"{path}.{k}")) for k, v in sorted(attributes.items())]
         return digest_parts([b"object", head, *(part for pair in pairs for part in pair)])
+
+
+class _WholeEncoder(_StateEncoder):
+    most_values = 10_000_000  # a list of samples may hold a dict for each
+
+    def __init__(self, on_code: OnCode, on_unnamed: OnUnnamed, leaves_out: LeavesOut) -> None:
+        super().__init__(_by_value, on_code, on_unnamed)  # modules and tensors do not get that far
+        self._leaves_out = leaves_out
+
+    def _encode_composite(self, value: object, path: str) -> bytes:
+        if isinstance(value, torch.Tensor):
+            content = encode_content(value)
+            if content is None:
+                return self.unnamed(value, path)
+            notes = self.encode(vars(value), path) if getattr(value, "__dict__", None) else b""
+            return digest_parts([b"tensor", type_name(type(value)), content, notes])
+        if isinstance(value, _OPEN):
+            return self.unnamed(value, path)
+        if isinstance(value, type) or not (
+            isinstance(value, torch.nn.Module) or dataclasses.is_dataclass(value) or _is_mapping_of_its_own(value)
+        ):
+            return super()._encode_composite(value, path)
+        return self.encode_object(value, path)
+
+    def encode_object(self, value: object, path: str) -> bytes:
+        kind = type(value)
+        state = _own_state(value)
+        if state is None:
+            return self._reduced(value, path)
+        self.on_code(kind)
+        if not isinstance(state, dict) or not all(type(key) is str for key in state):
+            return digest_parts([b"object", type_name(kind), self.encode(state, path)])
+        kept = {key: item for key, item in state.items() if not self._leaves_out(kind, key, item)}
+        return self._attributes(type_name(kind), kept, path)
+
+    def _items(self, name: bytes, values: Sequence[Any], path: str) -> bytes:
+        # Most items of a long list are plain, and saying where they lie would cost more than they do.
+        return digest_parts([name, *(
+            encode_plain(item) or self.encode(item, f"{path}[{i}]")
+            if type(item) in _FREQUENT else self.encode(item, f"{path}[{i}]")
+            for i, item in enumerate(values)
+        )])  # fmt: skip
+
+
+def _own_state(value: object) -> object:
+    """Return what an object's own ``__getstate__`` says it is made of, else its attributes; None if it holds more."""
+    own = getattr(type(value), "__getstate__", None)
+    if own is not None and own is not getattr(object, "__getstate__", None):
+        with contextlib.suppress(Exception):  # a foreign one may raise anything: then the attributes say it
+            return own(value)
+    return attributes_of(value) if has_attributes_only(type(value)) else None
+
+
+def _is_mapping_of_its_own(value: object) -> bool:
+    """Tell whether a mapping makes its items when it is asked for them, as a data set may."""
+    return isinstance(value, Mapping) and not isinstance(value, dict) and attributes_of(value) is not None
 
 
 def encode_tensor(tensor: torch.Tensor) -> bytes:
@@ -391,14 +472,29 @@ def type_name(kind: type) -> bytes:
 def attributes_of(value: object) -> dict[str, Any] | None:
     """Return the attributes in an object's ``__dict__`` and slots; None if its class provides for none."""
     attributes = getattr(value, "__dict__", None)
-    slots = [name for base in type(value).__mro__ for name, slot in vars(base).items() if isinstance(slot, _SLOT)]
+    slots = slots_of(type(value))
     if not slots:
         return attributes if isinstance(attributes, dict) else None
     present = {name: getattr(value, name) for name in slots if hasattr(value, name)}
     return {**present, **attributes} if isinstance(attributes, dict) else present
 
 
+def slots_of(cls: type) -> list[str]:
+    """Return the names of the slots of a class and its bases, whether they are set or not."""
+    return [name for base in cls.__mro__ for name, slot in vars(base).items() if isinstance(slot, _SLOT)]
+
+
+def has_attributes_only(cls: type) -> bool:
+    """Tell whether all that instances of a class hold are attributes, by the room that they take.
+
+    A class of C has room for more, and so have those derived from it: of dict, a tensor or a tokenizer.
+    """
+    pointers = len(slots_of(cls)) + (cls.__dictoffset__ > 0) + (cls.__weakrefoffset__ > 0)
+    return not cls.__itemsize__ and cls.__basicsize__ == object.__basicsize__ + pointers * _POINTER_BYTES
+
+
 _SLOT = types.MemberDescriptorType
+_POINTER_BYTES = struct.calcsize("P")
 
 
 def _own_repr(value: object) -> str | None:
@@ -411,7 +507,15 @@ def _own_repr(value: object) -> str | None:
 
 def encode_array(array: np.ndarray[Any, Any]) -> bytes:
     """Return the bytes of an array that holds no objects."""
-    return digest_parts([b"array", str(array.dtype).encode(), str(array.shape).encode(), digest_bytes(array.tobytes())])
+    content = digest_bytes(_bytes_of(array))
+    return digest_parts([b"array", str(array.dtype).encode(), str(array.shape).encode(), content])
+
+
+def _bytes_of(array: np.ndarray[Any, Any]) -> bytes | memoryview:
+    """Return the bytes of an array in C order, without a copy where they lie so already."""
+    if not array.nbytes:
+        return b""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _generator_state(value: object) -> object:
@@ -432,8 +536,7 @@ def _own_name(value: object) -> bytes:
     return f"{getattr(value, '__module__', '')}.{name}".encode()
 
 
-#: Bounds of one encoding; what lies beyond them has no name.
-_MOST_VALUES = 100_000
+#: What lies deeper in an encoding has no name.
 _DEEPEST = 100
 
 _BUILT_IN_CONTAINERS = frozenset({tuple, list, deque, set, frozenset, dict, OrderedDict, defaultdict})
@@ -446,6 +549,12 @@ _NAMED = (
 
 #: Random number generators count by their state, so one that moves at every call is noticed.
 GENERATORS = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
+
+#: What is open says nothing of what is read through it.
+_OPEN = (io.IOBase, socket.socket)
+
+#: The types of plain values that long lists are made of.
+_FREQUENT = frozenset({str, int, float, tuple})
 
 _PROCESS_GROUP = (torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()
 
