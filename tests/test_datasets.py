@@ -7,11 +7,14 @@ import dataclasses
 import functools
 import io
 import logging
+import os
 import pickle
 import random
+import subprocess
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -589,3 +592,19 @@ def test_without_tqdm_there_is_a_line_in_place_of_a_bar(monkeypatch, caplog, cap
     monkeypatch.setitem(sys.modules, "tqdm", None)
     assert CachedDataset([1]).warm() == Warmed(computed=1)
     assert "torchcache[progress]" in caplog.text
+
+
+def test_the_example_decodes_each_image_once_and_flips_it_anew(tmp_path):
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        [sys.executable, "examples/decode_images.py", "--folder", str(tmp_path / "images"), "--digits", "30"],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "epoch 2:" in done.stdout
+    assert "184 images, 0 decoded" in done.stdout, done.stdout
