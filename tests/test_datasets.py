@@ -388,12 +388,13 @@ def test_a_copy_finds_it_out_afresh(copied):
     twin = copied(cached)
     twin.dataset.scale = 3
     assert twin[2]["x"][0, 0] == 12
+    assert twin.cache_instance.module_hash != cached.cache_instance.module_hash
 
 
 def test_a_large_list_of_samples_has_a_name(caplog):
-    samples = [{"path": f"{i}.jpg", "boxes": [i]} for i in range(60_000)]
+    samples = [Held([i]) for i in range(60_000)]
     one = hash_of(samples)
-    samples[50_000]["boxes"] = [0]
+    samples[59_000].value = [0]
     assert hash_of(samples) != one
     assert not caplog.records
 
@@ -433,7 +434,7 @@ def test_a_name_of_the_user_s_own_stands_for_it_all(caplog, tmp_path):
     assert not [r for r in caplog.records if r.levelno == logging.WARNING]
 
 
-def test_what_a_getstate_leaves_out_does_not_count():
+def test_what_a_getstate_leaves_out_does_not_count(caplog):
     class Reader(Dataset):
         def __init__(self, path):
             self.path = path
@@ -446,6 +447,7 @@ def test_what_a_getstate_leaves_out_does_not_count():
             return self.file.getvalue()[i]
 
     assert hash_of(Reader("a")) == hash_of(Reader("a")) != hash_of(Reader("b"))
+    assert not caplog.records
 
 
 def test_two_datasets_of_one_class_are_cleared_apart(tmp_path):
@@ -576,6 +578,20 @@ def test_an_error_while_warming_names_the_item_and_the_rest_is_kept(tmp_path):
         cached.warm(progress=False, batch_size=4)
     assert failed.value.index == 5
     assert cached.warm(progress=False, indices=[0, 1, 2, 3, 4]) == Warmed(found=5)
+
+
+def test_warming_goes_on_after_an_interruption(tmp_path):
+    class Interrupted(Squares):
+        def __getitem__(self, i):
+            if i == 5 and 5 not in ASKED:
+                ASKED.append(5)
+                raise KeyboardInterrupt
+            return super().__getitem__(i)
+
+    cached = CachedDataset(Interrupted(), persistent=True, persistent_cache_dir=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        cached.warm(progress=False, batch_size=3)
+    assert cached.warm(progress=False) == Warmed(found=5, computed=5)
 
 
 def test_workers_need_a_disk_to_warm():

@@ -67,7 +67,9 @@ if __name__ == "__main__":
     ],
 )  # fmt: skip
 def test_the_second_epoch_computes_nothing_in_fresh_workers(tmp_path, root, method, kind):
-    epochs = json.loads(run(LOADER, tmp_path, root, method, kind, timeout_seconds=100).splitlines()[0])
+    said = run(LOADER, tmp_path, root, method, kind, timeout_seconds=100)
+    assert said.count("without a stable name") == (kind == "unnamed")
+    epochs = json.loads(said.splitlines()[0])
     assert epochs[0] == list(range(24))
     assert epochs[-1] == []  # workers that live on may ask for what another one has not committed yet
 
