@@ -116,6 +116,7 @@ class _Look:
     def __init__(self, writes: Writes) -> None:
         self._writes = writes
         self._asked: dict[tuple[type, str, bool], bool] = {}
+        self._is_derived: dict[tuple[type, str], bool] = {}
         self.code: dict[int, object] = {}
         self.unnamed: list[tuple[str, str]] = []
 
@@ -128,11 +129,11 @@ class _Look:
 
     def leaves_out(self, cls: type, key: str, value: object) -> bool:
         """Tell whether an attribute is ours, is made of others, or is written by the code that runs and not read."""
-        if key.startswith(("torchcache_", "_torchcache_")) or key == "cache_instance":
-            return True
-        if hasattr(value, "__torchcache_original__") and key == "forward":
-            return True
-        if isinstance(inspect.getattr_static(cls, key, None), functools.cached_property):
+        if (cls, key) not in self._is_derived:  # asking the class costs more than the rest
+            is_ours = key.startswith(("torchcache_", "_torchcache_")) or key == "cache_instance"
+            static = inspect.getattr_static(cls, key, None)
+            self._is_derived[cls, key] = is_ours or isinstance(static, functools.cached_property)
+        if self._is_derived[cls, key] or (key == "forward" and hasattr(value, "__torchcache_original__")):
             return True
         asked = cls, key, is_container(value)
         if asked not in self._asked:

@@ -7,7 +7,6 @@ seed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import functools
@@ -369,6 +368,7 @@ class _WholeEncoder(_StateEncoder):
     def __init__(self, on_code: OnCode, on_unnamed: OnUnnamed, leaves_out: LeavesOut) -> None:
         super().__init__(_by_value, on_code, on_unnamed)  # modules and tensors do not get that far
         self._leaves_out = leaves_out
+        self._ways: dict[type, Callable[[object], object]] = {}
 
     def _encode_composite(self, value: object, path: str) -> bytes:
         if isinstance(value, torch.Tensor):
@@ -387,10 +387,12 @@ class _WholeEncoder(_StateEncoder):
 
     def encode_object(self, value: object, path: str) -> bytes:
         kind = type(value)
-        state = _own_state(value)
+        self.on_code(kind)
+        if kind not in self._ways:  # asking the class costs more than the rest, and a list may hold many of one
+            self._ways[kind] = _way_to_state(kind)
+        state = self._ways[kind](value)
         if state is None:
             return self._reduced(value, path)
-        self.on_code(kind)
         if not isinstance(state, dict) or not all(type(key) is str for key in state):
             return digest_parts([b"object", type_name(kind), self.encode(state, path)])
         kept = {key: item for key, item in state.items() if not self._leaves_out(kind, key, item)}
@@ -405,13 +407,29 @@ class _WholeEncoder(_StateEncoder):
         )])  # fmt: skip
 
 
-def _own_state(value: object) -> object:
-    """Return what an object's own ``__getstate__`` says it is made of, else its attributes; None if it holds more."""
-    own = getattr(type(value), "__getstate__", None)
-    if own is not None and own is not getattr(object, "__getstate__", None):
-        with contextlib.suppress(Exception):  # a foreign one may raise anything: then the attributes say it
+def _way_to_state(kind: type) -> Callable[[object], object]:
+    """Return what gives the state of objects of a class: by its own ``__getstate__``, else all their attributes.
+
+    It gives None for an object that holds more than attributes.
+    """
+    attributes: Callable[[object], object] = _no_state
+    if has_attributes_only(kind):
+        attributes = attributes_of if slots_of(kind) or not kind.__dictoffset__ else vars
+    own: Callable[[object], object] | None = getattr(kind, "__getstate__", None)
+    if own is None or own is getattr(object, "__getstate__", None):
+        return attributes
+
+    def state(value: object) -> object:
+        try:
             return own(value)
-    return attributes_of(value) if has_attributes_only(type(value)) else None
+        except Exception:  # noqa: BLE001 - a foreign one may raise anything: then the attributes say it
+            return attributes(value)
+
+    return state
+
+
+def _no_state(_: object) -> None:
+    """Say that an object holds more than attributes."""
 
 
 def _is_mapping_of_its_own(value: object) -> bool:
