@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import hits, layout, state_check, wrong_hits
+from benchmarks import calls, hits, layout, state_check, wrong_hits
 from benchmarks.workload import BenchmarkError
 
 
@@ -13,6 +13,7 @@ def main() -> int:
     """Run the benchmark that the command line names and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     commands = parser.add_subparsers(dest="command", required=True)
+    calls.add_arguments(commands.add_parser("calls", help="hits of calls that are one sample, as of a dataset"))
     hits.add_arguments(commands.add_parser("hits", help="hits, side by side with torchcache 0.6.0"))
     layout.add_arguments(commands.add_parser("layout", help="how rows lie on disk: bytes, reads, writes"))
     state_check.add_arguments(commands.add_parser("state", help="the check of the weights at every call"))
@@ -21,7 +22,8 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        return {"hits": hits, "layout": layout, "state": state_check, "wrong-hits": wrong_hits}[args.command].run(args)
+        modules = {"calls": calls, "hits": hits, "layout": layout, "state": state_check, "wrong-hits": wrong_hits}
+        return modules[args.command].run(args)
     except BenchmarkError as error:
         print(f"benchmarks {args.command}: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,7 @@ from torchcache.errors import (
     CacheMissError,
     ConfigError,
     CorruptRecordError,
+    SampleError,
     StoreError,
     TorchcacheError,
     UncacheableError,
@@ -22,6 +23,7 @@ from torchcache.stats import CacheStats
 
 if TYPE_CHECKING:
     from torchcache.cache import Cache, disabled, flush_all
+    from torchcache.dataset import CachedDataset, CachedIterableDataset, Warmed
     from torchcache.decorator import CachedFunction, cache_of, torchcache
     from torchcache.lazy_module import lazy
     from torchcache.options import CacheOptions
@@ -34,14 +36,18 @@ __all__ = [
     "CacheMissError",
     "CacheOptions",
     "CacheStats",
+    "CachedDataset",
     "CachedFunction",
+    "CachedIterableDataset",
     "ConfigError",
     "CorruptRecordError",
     "Explanation",
+    "SampleError",
     "SampleExplanation",
     "StoreError",
     "TorchcacheError",
     "UncacheableError",
+    "Warmed",
     "cache_of",
     "disabled",
     "flush_all",
@@ -55,6 +61,9 @@ _WITH_TORCH = {
     "Cache": "torchcache.cache",
     "CacheOptions": "torchcache.options",
     "CachedFunction": "torchcache.decorator",
+    "CachedDataset": "torchcache.dataset",
+    "CachedIterableDataset": "torchcache.dataset",
+    "Warmed": "torchcache.dataset",
     "cache_of": "torchcache.decorator",
     "disabled": "torchcache.cache",
     "flush_all": "torchcache.cache",

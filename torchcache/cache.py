@@ -29,7 +29,7 @@ from torchcache.errors import (
 )
 from torchcache.explanation import Explanation, SampleExplanation
 from torchcache.flights import Flight, Flights
-from torchcache.identity import Function, Identity, Look, Target
+from torchcache.identity import FixedIdentity, Function, Identity, Look, Target
 from torchcache.keys.code import unwrap
 from torchcache.keys.digest import combine, digest_parts
 from torchcache.keys.ranks import collectives_done, is_in_a_job
@@ -176,12 +176,14 @@ class Cache:
     counter in ``stats().faults`` and one line in the log per kind.
     """
 
-    def __init__(self, target: Target, options: Callable[[], CacheOptions], identity: Identity | None = None) -> None:
+    def __init__(
+        self, target: Target, options: Callable[[], CacheOptions], identity: Identity | FixedIdentity | None = None
+    ) -> None:
         self._target = target
         self._make_options = options  # asked at first use: a module's attributes count
         self._counters = Counters()
         self._signatures: dict[Function, CallSignature] = {}
-        self._identity = identity or Identity(target, lambda: self.options)
+        self._identity: Identity | FixedIdentity = identity or Identity(target, lambda: self.options)
         self._verdicts = Verdicts()
         self._flights = Flights()
         self._known = KnownClasses()
@@ -1147,7 +1149,7 @@ class Cache:
         samples = () if explanation is None else explanation.samples
         name = self._target.name
         if reason:
-            because = _because(reason, evidence)
+            because = self._because(reason, evidence)
             text = f"{name} would have to be computed, and mode='require' computes nothing: {because}"
         else:
             shown = [f"{p} ({samples[p].digest[:8]})" if samples else str(p) for p in missing[:_MOST_SAMPLES_NAMED]]
@@ -1184,7 +1186,11 @@ class Cache:
     def _note_bypass(self, reason: str, rows: int, evidence: str = "") -> None:
         self._counters.add_to("bypasses", reason)
         self._counters.add(bypassed_rows=rows)
-        self._say(f"bypass {reason}", f"the cache is bypassed: {_because(reason, evidence)}")
+        self._say(f"bypass {reason}", f"the cache is bypassed: {self._because(reason, evidence)}")
+
+    def _because(self, reason: str, evidence: str) -> str:
+        remedy = self._target.remedies.get(reason) or remedy_for(reason)
+        return f"{remedy} ({reason}: {evidence})" if evidence else f"{remedy} ({reason})"
 
     def _note_fault(self, kind: str, message: str, amount: int = 1) -> None:
         self._counters.add_to("faults", kind, amount)
@@ -1215,10 +1221,6 @@ def _condensed(explanation: Explanation) -> Explanation:
             together = digest_parts(text.encode() for pair in zip(names, digests, strict=True) for text in pair)
             parts[f"{kind}, all {len(names)}"] = together.hex()
     return replace(explanation, parts=parts, samples=())
-
-
-def _because(reason: str, evidence: str) -> str:
-    return f"{remedy_for(reason)} ({reason}: {evidence})" if evidence else f"{remedy_for(reason)} ({reason})"
 
 
 def _spread(

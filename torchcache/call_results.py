@@ -37,6 +37,11 @@ from torchcache.structure import KnownClasses, Tree
 _AS_THEY_ARE = (bool, float, str, bytes)
 _CPU = torch.device("cpu")
 
+_REMEDY = (
+    "return tensors, NumPy arrays, PIL images and plain values, in tuples, lists, dicts, named tuples, dataclasses or "
+    "classes registered with torch.utils._pytree.register_pytree_node"
+)
+
 #: What an image's ``info`` keeps: what Pillow itself reads when it converts or saves, if it is plain.
 _IMAGE_INFO = ("transparency", "gamma", "dpi", "icc_profile", "exif", "background", "duration", "loop")
 
@@ -45,7 +50,7 @@ class CallResults(Results):
     """Results of calls that are one sample each."""
 
     def flatten(self, output: object) -> Tree:
-        return structure.flatten(output, _is_leaf)
+        return structure.flatten(output, _is_leaf, _REMEDY)
 
     def take_apart(
         self, tree: Tree, n: int, cache_dtype: torch.dtype | None, known: KnownClasses

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, Protocol, TypeVar, overload
 
 from torch import nn
+from torch.utils.data import Dataset
 
 from torchcache import process
 from torchcache.cache import Cache
@@ -132,7 +133,10 @@ def torchcache(*target: Never, **options: Unpack[OptionArguments]) -> Decorator:
             raise ConfigError(f"{_name_of(target)} is decorated with torchcache() already; drop one of the two")
         raise ConfigError(
             f"torchcache() cannot decorate {target!r}: "
-            + _REMEDIES.get(type(target), "give it an nn.Module class, an nn.Module, a function or a method")
+            + _REMEDIES.get(
+                type(target),
+                "give it an nn.Module class, an nn.Module, a function or a method, and a dataset to CachedDataset",
+            )
         )
 
     return decorate
@@ -140,6 +144,8 @@ def torchcache(*target: Never, **options: Unpack[OptionArguments]) -> Decorator:
 
 def cache_of(target: object) -> Cache:
     """Return the cache of a decorated function or module, of an instance of a decorated class, or of its method.
+
+    So it does of a ``CachedDataset`` and of what ``lazy()`` made.
 
     Raises:
         ConfigError: If the target is not decorated, or is not enabled.
@@ -153,7 +159,7 @@ def cache_of(target: object) -> Cache:
             cache = _cache_of_instance(target)
         else:
             cache = vars(target).get("cache_instance")
-    elif isinstance(target, (types.FunctionType, StandIn)):
+    elif isinstance(target, (types.FunctionType, StandIn, Dataset)):
         found = getattr(target, "cache_instance", None)
         cache = found if isinstance(found, Cache) else None
     elif isinstance(target, types.MethodType):

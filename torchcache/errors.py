@@ -6,6 +6,7 @@
     ├── ConfigError        an option, a decorated target or an attribute is wrong (raised while setting up)
     ├── UncacheableError   a call cannot be keyed or its result cannot be split into samples
     ├── CacheMissError     a call would have to be computed in mode="require"
+    ├── SampleError        a dataset raised while its cache was filled
     ├── StoreError         the disk tier cannot be used (never leaves a cached call)
     └── CorruptRecordError stored bytes fail a check (never leaves a cached call)
 
@@ -52,6 +53,14 @@ class CacheMissError(TorchcacheError, LookupError):
         super().__init__(message)
         self.explanation = explanation
         self.missing = missing
+
+
+class SampleError(TorchcacheError, RuntimeError):
+    """A dataset raised while ``CachedDataset.warm`` filled its cache; ``index`` says where."""
+
+    def __init__(self, message: str, *, index: object = None) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 class StoreError(TorchcacheError, OSError):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ import torch
 from torchcache.keys.code import CodeWalk, walk_code
 from torchcache.keys.collectives import Talks
 from torchcache.keys.digest import digest_parts
-from torchcache.keys.ranks import is_in_a_job
+from torchcache.keys.mode import ambient_reason, current_mode
+from torchcache.keys.objects import Findings
+from torchcache.keys.ranks import has_other_ranks, is_in_a_job, rank_and_size
 from torchcache.keys.state import StateTracker
 from torchcache.log import warn_once
 from torchcache.options import CacheOptions
@@ -45,6 +47,7 @@ class Target:
         is_method: Whether the first parameter of ``function`` is the instance.
         method: Its name if it is a method, which tells those of one instance apart under a name of the user's own;
             empty for a function, and for the forward of a module.
+        remedies: What to say of a reason to go around the cache, where the usual is not what to do here.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Target:
     arguments: bytes | None = b""
     is_method: bool = False
     method: str = ""
+    remedies: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,3 +258,137 @@ class Identity:
 
     def _say(self, kind: str, message: str) -> None:
         warn_once((self._target.name, kind), "%s: %s", self._target.name, message)
+
+
+class FixedIdentity:
+    """What was found out once about a target, and the mode.
+
+    For state that is too large to be compared at every call, or not there before the first miss. Found out at
+    first use, and again after ``refresh``. Safe from any thread; ``find`` runs under a lock.
+
+    Args:
+        name: What to call the target in the log.
+        find: Finds it out; not asked where a ``persistent_module_hash`` stands for it all.
+        options: Returns the options in force.
+        own_name: What stands for what has no stable name; random if None. Processes that are given the same one
+            share what is cached, and leave it to the first to say so.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        find: Callable[[], Findings],
+        options: Callable[[], CacheOptions],
+        own_name: bytes | None = None,
+    ) -> None:
+        self._name = name
+        self._find = find
+        self._options = options
+        self.own_name = own_name or os.urandom(16)
+        self._is_first = own_name is None
+        self._lock = ForkLock(on_broken=self._start_afresh)
+        # Guarded by _lock:
+        self._findings: Findings | None = None
+        self._module_hash = ""
+        self._last: tuple[object, Look] | None = None  # mode and what else may differ, and what was made of it
+
+    def module_hash(self) -> str:
+        """Return the name of all that was found out, and of the options that shape the values."""
+        with self._lock.raw:
+            self._found()
+            return self._module_hash
+
+    def look(self) -> Look:
+        """Return what was found out, in the present mode."""
+        with self._lock.raw:
+            findings = self._found()
+            talks = findings.talks
+            rank = rank_and_size() if talks is not None and talks.asks_rank else ()
+            collectives = sorted(talks.collectives) if talks is not None and has_other_ranks() else []
+            seen = current_mode(), rank, ambient_reason(), collectives
+            if self._last is not None and self._last[0] == seen:
+                return self._last[1]
+            own_name = self.own_name if findings.unnamed else b""
+            namespace = digest_parts([b"fixed", self._module_hash.encode(), repr(seen[:2]).encode(), own_name])
+            reason = "collectives" if collectives else seen[2]
+            evidence = ", ".join(collectives[:_MOST_SHOWN])
+            look = Look(self._module_hash, namespace, bool(findings.unnamed), reason, evidence)
+            self._last = seen, look
+            return look
+
+    def apart(self) -> FixedIdentity:
+        """Return itself: being asked leaves no trace in what was found out."""
+        return self
+
+    def has_moved(self) -> bool:
+        """Deny it: what was found out is not followed."""
+        return False
+
+    def settle(self, look: Look) -> bool:  # noqa: ARG002 - as of Identity
+        """Deny that anything is made late."""
+        return False
+
+    def refresh(self) -> None:
+        """Find everything out afresh next time."""
+        with self._lock.raw:
+            self._start_afresh()
+
+    def parameters(self) -> list[torch.Tensor]:
+        """Return no parameters: they are not followed."""
+        return []
+
+    def requires_grad(self) -> bool:
+        """Deny it: there are no parameters to train."""
+        return False
+
+    def marks(self) -> object:
+        """Return the same at all times."""
+        return None
+
+    def classes(self) -> tuple[type, ...]:
+        """Return the user's own classes that the code refers to."""
+        return () if self._findings is None else self._findings.classes
+
+    def describe(self) -> Iterator[tuple[str, bytes]]:
+        """Yield each part of module hash and namespace with its digest."""
+        with self._lock.raw:
+            parts = [*self._found().parts, *((name, digest_parts([value])) for name, value in self._named_parts())]
+        yield from parts
+        yield "mode", digest_parts([repr(current_mode()).encode()])
+
+    # -- everything below runs under the lock ---------------------------------------------------------------------
+
+    def _start_afresh(self) -> None:
+        self._findings = self._last = None
+
+    def _found(self) -> Findings:
+        if self._findings is None:
+            named = self._options().persistent_module_hash
+            findings = Findings(()) if named else self._find()
+            parts = [part for name, value in (*findings.parts, *self._named_parts()) for part in (name.encode(), value)]
+            self._module_hash = named or digest_parts(parts).hex()
+            self._findings = findings
+            logger.info("module hash of %s: %s", self._name, self._module_hash)
+            if findings.unnamed and self._is_first:
+                self._say_unnamed(*findings.unnamed[0])
+        return self._findings
+
+    def _named_parts(self) -> list[tuple[str, bytes]]:
+        named = self._options().persistent_module_hash
+        if named:
+            return [("persistent_module_hash", named.encode())]
+        options = [(f"option {name}", value.encode()) for name, value in self._options().key_parts()]
+        return [("record format", str(FORMAT_VERSION).encode()), *options]
+
+    # -- saying -----------------------------------------------------------------------------------------------------
+
+    def _say_unnamed(self, path: str, type_name: str) -> None:
+        warn_once(
+            (self._name, f"unnamed {path}"),
+            "%s: %s holds an object of type %s without a stable name, as open files, connections and h5py files are, "
+            "so what is cached is good for this process and its workers only; leave it out in a __getstate__ and open "
+            "it at first use, or set persistent_module_hash",
+            self._name,
+            path,
+            type_name,
+        )

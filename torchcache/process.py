@@ -25,6 +25,7 @@ import contextlib
 import functools
 import logging  # noqa: F401 - registers its own fork hooks before ours, so that ours run first
 import multiprocessing
+import multiprocessing.context
 import os
 import signal
 import sys
@@ -54,6 +55,11 @@ _EXIT_PRIORITY = 100
 def is_child() -> bool:
     """Tell whether this process was started by multiprocessing: a DataLoader worker, a spawned rank."""
     return multiprocessing.parent_process() is not None
+
+
+def is_starting_a_child() -> bool:
+    """Tell whether what is pickled at the moment goes to a process that multiprocessing is starting."""
+    return multiprocessing.context.get_spawning_popen() is not None
 
 
 def generation() -> int:

@@ -106,11 +106,17 @@ class Tree:
         return self.node.build(iter(leaves))
 
 
-def flatten(output: object, is_leaf: Callable[[object], bool]) -> Tree:
-    """Take a result apart; never raises for what it contains."""
+def flatten(output: object, is_leaf: Callable[[object], bool], remedy: str = _REMEDY) -> Tree:
+    """Take a result apart; never raises for what it contains.
+
+    Args:
+        output: The result.
+        is_leaf: Tells what to leave whole.
+        remedy: What to say of a value that cannot be kept.
+    """
     if is_leaf(output):
         return Tree(_LEAF, (output,), ("output",), None)
-    walk = _Walk(is_leaf)
+    walk = _Walk(is_leaf, remedy)
     node = walk.visit(output, "output", 0)
     return Tree(node, walk.leaves, walk.paths, walk.problem)
 
@@ -403,8 +409,9 @@ def _slots(kind: type[Any]) -> dict[str, MemberDescriptorType]:
 class _Walk:
     """One walk through a result. The first thing that cannot be kept becomes ``problem``."""
 
-    def __init__(self, is_leaf: Callable[[object], bool]) -> None:
+    def __init__(self, is_leaf: Callable[[object], bool], remedy: str = _REMEDY) -> None:
         self._is_leaf = is_leaf
+        self._remedy = remedy
         self._n_nodes = 0
         self.leaves: list[Any] = []
         self.paths: list[str] = []
@@ -441,8 +448,8 @@ class _Walk:
         if kind in pytree.SUPPORTED_NODES:
             return self._visit_registered(value, path, depth)
         if depth == 0:
-            return self._refuse(value, f"the cached call returned {kind.__qualname__}, not a tensor; {_REMEDY}")
-        return self._refuse(value, f"the cached call returned {_type_of(value)} at {path}, no tensor; {_REMEDY}")
+            return self._refuse(value, f"the cached call returned {kind.__qualname__}, not a tensor; {self._remedy}")
+        return self._refuse(value, f"the cached call returned {_type_of(value)} at {path}, no tensor; {self._remedy}")
 
     def _visit_all(self, values: Iterable[object], paths: Iterable[str], depth: int) -> tuple[Node, ...]:
         return tuple(self.visit(value, path, depth + 1) for value, path in zip(values, paths, strict=True))

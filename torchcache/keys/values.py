@@ -133,6 +133,26 @@ def encode_state(
     return encoder.encode_inside(owner, value, path)
 
 
+#: Asked about each attribute, with the class of its object: whether it shapes nothing.
+LeavesOut = Callable[[type, str, object], bool]
+
+
+def encode_whole(value: object, path: str, on_code: OnCode, on_unnamed: OnUnnamed, leaves_out: LeavesOut) -> bytes:
+    """Return the bytes of an object that is looked at once: all that it holds, by value, however large.
+
+    As ``encode_state``, but modules and tensors count by all they hold too, an object with a ``__getstate__`` of its
+    own by what that returns, and what is open (files, sockets) has no stable name.
+
+    Args:
+        value: The value.
+        path: What to call it.
+        on_code: Called with each function found in it, and with the class of each object.
+        on_unnamed: Called with path and type of whatever has no stable name; it counts by its type then.
+        leaves_out: Tells which attributes do not count.
+    """
+    return _WholeEncoder(on_code, on_unnamed, leaves_out).encode(value, path)
+
+
 def _ignore(*_: object) -> None:
     """Tell nobody."""
 
@@ -141,6 +161,7 @@ class _Encoder:
     """One encoding; the same value is encoded once, and one that contains itself comes to an end."""
 
     is_order_kept = False  # of dicts
+    most_values = 100_000  # what lies beyond this bound has no name
 
     def __init__(self, refer: Refer, on_code: OnCode) -> None:
         self.refer = refer
@@ -161,7 +182,7 @@ class _Encoder:
         known = self._done.get(number)
         if known is not None:
             return known
-        if len(self._done) >= _MOST_VALUES or len(self._inside) >= _DEEPEST:
+        if len(self._done) >= self.most_values or len(self._inside) >= _DEEPEST:
             return self.unnamed(value, path)
         self._inside[number] = len(self._inside)
         try:
@@ -327,8 +348,11 @@ class _StateEncoder(_Encoder):
         name = type_name(type(value))
         self.on_code(type(value))
         attributes = attributes_of(value)
-        if attributes is not None:
-            return self._attributes(name, attributes, path)
+        return self._reduced(value, path) if attributes is None else self._attributes(name, attributes, path)
+
+    def _reduced(self, value: object, path: str) -> bytes:
+        """Encode an object by what pickle would keep of it."""
+        name = type_name(type(value))
         if isinstance(value, torch.jit.ScriptFunction):
             return digest_parts([b"script", str(value.code).encode()])
         try:
@@ -352,6 +376,81 @@ class _StateEncoder(_Encoder):
     def _attributes(self, head: bytes, attributes: Mapping[str, object], path: str) -> bytes:
         pairs = [(k.encode(), self.encode(v, f"{path}.{k}")) for k, v in sorted(attributes.items())]
         return digest_parts([b"object", head, *(part for pair in pairs for part in pair)])
+
+
+class _WholeEncoder(_StateEncoder):
+    most_values = 10_000_000  # a list of samples may hold a dict for each
+
+    def __init__(self, on_code: OnCode, on_unnamed: OnUnnamed, leaves_out: LeavesOut) -> None:
+        super().__init__(_by_value, on_code, on_unnamed)  # modules and tensors do not get that far
+        self._leaves_out = leaves_out
+        self._ways: dict[type, Callable[[object], object]] = {}
+
+    def _encode_composite(self, value: object, path: str) -> bytes:
+        if isinstance(value, torch.Tensor):
+            content = encode_content(value)
+            if content is None:
+                return self.unnamed(value, path)
+            notes = self.encode(vars(value), path) if getattr(value, "__dict__", None) else b""
+            return digest_parts([b"tensor", type_name(type(value)), content, notes])
+        if isinstance(value, _OPEN):
+            return self.unnamed(value, path)
+        if isinstance(value, type) or not (
+            isinstance(value, torch.nn.Module) or dataclasses.is_dataclass(value) or _is_mapping_of_its_own(value)
+        ):
+            return super()._encode_composite(value, path)
+        return self.encode_object(value, path)
+
+    def encode_object(self, value: object, path: str) -> bytes:
+        kind = type(value)
+        self.on_code(kind)
+        if kind not in self._ways:  # asking the class costs more than the rest, and a list may hold many of one
+            self._ways[kind] = _way_to_state(kind)
+        state = self._ways[kind](value)
+        if state is None:
+            return self._reduced(value, path)
+        if not isinstance(state, dict) or not all(type(key) is str for key in state):
+            return digest_parts([b"object", type_name(kind), self.encode(state, path)])
+        kept = {key: item for key, item in state.items() if not self._leaves_out(kind, key, item)}
+        return self._attributes(type_name(kind), kept, path)
+
+    def _items(self, name: bytes, values: Sequence[Any], path: str) -> bytes:
+        # Most items of a long list are plain, and saying where they lie would cost more than they do.
+        return digest_parts([name, *(
+            encode_plain(item) or self.encode(item, f"{path}[{i}]")
+            if type(item) in _FREQUENT else self.encode(item, f"{path}[{i}]")
+            for i, item in enumerate(values)
+        )])  # fmt: skip
+
+
+def _way_to_state(kind: type) -> Callable[[object], object]:
+    """Return what gives the state of objects of a class: by its own ``__getstate__``, else all their attributes.
+
+    It gives None for an object that holds more than attributes.
+    """
+    attributes: Callable[[object], object] = _no_state
+    if has_attributes_only(kind):
+        attributes = attributes_of if slots_of(kind) or not kind.__dictoffset__ else vars
+    own: Callable[[object], object] | None = getattr(kind, "__getstate__", None)
+    if own is None or own is getattr(object, "__getstate__", None):
+        return attributes
+
+    def state(value: object) -> object:
+        try:
+            return own(value)
+        except Exception:  # noqa: BLE001 - a foreign one may raise anything: then the attributes say it
+            return attributes(value)
+
+    return state
+
+
+def _no_state(_: object) -> None:
+    """Say that an object holds more than attributes."""
+
+
+def _is_mapping_of_its_own(value: object) -> bool:
+    """Tell whether a mapping makes its items when it is asked for them, as a data set may."""
+    return isinstance(value, Mapping) and not isinstance(value, dict) and attributes_of(value) is not None
 
 
 def encode_tensor(tensor: torch.Tensor) -> bytes:
@@ -442,7 +541,15 @@ def _own_repr(value: object) -> str | None:
 
 def encode_array(array: np.ndarray[Any, Any]) -> bytes:
     """Return the bytes of an array that holds no objects."""
-    return digest_parts([b"array", str(array.dtype).encode(), str(array.shape).encode(), digest_bytes(array.tobytes())])
+    content = digest_bytes(_bytes_of(array))
+    return digest_parts([b"array", str(array.dtype).encode(), str(array.shape).encode(), content])
+
+
+def _bytes_of(array: np.ndarray[Any, Any]) -> bytes | memoryview:
+    """Return the bytes of an array in C order, without a copy where they lie so already."""
+    if not array.nbytes:
+        return b""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def _generator_state(value: object) -> object:
@@ -463,8 +570,7 @@ def _own_name(value: object) -> bytes:
     return f"{getattr(value, '__module__', '')}.{name}".encode()
 
 
-#: Bounds of one encoding; what lies beyond them has no name.
-_MOST_VALUES = 100_000
+#: What lies deeper in an encoding has no name.
 _DEEPEST = 100
 
 _BUILT_IN_CONTAINERS = frozenset({tuple, list, deque, set, frozenset, dict, OrderedDict, defaultdict})
@@ -477,6 +583,12 @@ _NAMED = (
 
 #: Random number generators count by their state, so one that moves at every call is noticed.
 GENERATORS = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
+
+#: What is open says nothing of what is read through it.
+_OPEN = (io.IOBase, socket.socket)
+
+#: The types of plain values that long lists are made of.
+_FREQUENT = frozenset({str, int, float, tuple})
 
 _PROCESS_GROUP = (torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()
 
