@@ -43,7 +43,7 @@ def rows(*numbers):
 
 def until_waiting(slow):
     """Wait until a second call found its rows under way."""
-    own_flights = cache_of(slow.function)._flights
+    own_flights = cache_of(slow.function)._computer.flights
     original = own_flights.claim
     seen = threading.Event()
 
@@ -103,7 +103,7 @@ def test_when_the_other_thread_fails_the_sample_is_computed_here():
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(function, rows(1, 2))
         assert started.wait(WAIT_SECONDS)
-        own_flights = cache_of(function)._flights
+        own_flights = cache_of(function)._computer.flights
         original, waiting = own_flights.claim, threading.Event()
 
         def claim(*args, **kwargs):

@@ -126,7 +126,7 @@ def test_read_without_a_directory_keeps_values_in_memory_and_makes_no_temporary_
         raise AssertionError("it asked for a temporary directory")
 
     monkeypatch.setattr(temporary, "reserve", refuse)
-    monkeypatch.setattr("torchcache.cache.temporary_directory", refuse)
+    monkeypatch.setattr("torchcache.tiers.temporary_directory", refuse)
     scaled, sizes = make(factor, mode="read", persistent=True)
     for _ in range(2):
         scaled(X)

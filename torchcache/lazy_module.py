@@ -309,11 +309,12 @@ class _LazyCache(Cache):
         target = replace(target, function=holder.compute)
         super().__init__(target, lambda: options, _LazyIdentity(target, self, holder))
         self._notes: dict[bytes, bytes] = {}
+        self._tiers.on_touch = self._touch_notes
 
     def read_note(self, factory: Look, key: bytes) -> bytes | None:
         """Return what is noted under a key, or None."""
         note = self._notes.get(key)
-        store = self._open(factory)
+        store = self._tiers.open(factory)
         if note is None and store is not None and self.options.looks_up:
             note = self._read(store, _namespace_of_notes(factory), key)
             if note is not None:
@@ -326,21 +327,21 @@ class _LazyCache(Cache):
         if before == note:
             return
         if before is not None:
-            self._say(
+            self._notices.say(
                 "another model",
                 "the factory built another model than the one whose results are cached, so it starts afresh; results "
                 "that were given until now, in this run, were those of the other one. Name what it loads in version",
             )
         self._notes[key] = note
-        store = self._open(factory)
+        store = self._tiers.open(factory)
         if store is not None and self.options.writes:
             rows = Rows([key], _NOTE, np.frombuffer(note, np.uint8).reshape(1, -1))
-            self._store(store, _namespace_of_notes(factory), rows, replaces=before is not None)
+            self._tiers.store(store, _namespace_of_notes(factory), rows, replaces=before is not None)
 
-    def _touch(self, store: LmdbStore, namespace: bytes) -> None:
-        super()._touch(store, namespace)
+    def _touch_notes(self, store: LmdbStore) -> None:
+        """Let what is noted be in use as long as what hangs on it is."""
         notes = _namespace_of_notes(self._identity.look())
-        super()._touch(store, notes)  # in use as long as what hangs on it is
+        self._tiers.touch(store, notes)
         for key in list(self._notes):
             self._read(store, notes, key)
 
@@ -348,7 +349,7 @@ class _LazyCache(Cache):
         try:
             found = store.get_many(namespace, [key]).found
         except StoreError as error:
-            self.on_fault(error, 0)
+            self._notices.error(error, 0)
             return None
         return bytes(found[0].data[0]) if found and found[0].layout == _NOTE else None
 

@@ -1,0 +1,532 @@
+"""Rows that no tier has: forwarded, checked, kept."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+
+from torchcache.errors import CorruptRecordError, UncacheableError
+from torchcache.flights import Flight, Flights
+from torchcache.identity import FixedIdentity, Identity
+from torchcache.keys.digest import digest_parts
+from torchcache.keys.ranks import collectives_done
+from torchcache.layout import Found, Rows
+from torchcache.notices import Notices
+from torchcache.options import CacheOptions
+from torchcache.outputs import unsupported_leaf
+from torchcache.own_keys import keys_in_force
+from torchcache.padding import PaddedResults, follow_length
+from torchcache.recheck import Verdicts, Witness, largest_row, row_distance, tolerance
+from torchcache.samples import Batch, PaddedBatch
+from torchcache.storage.contract import Verdict
+from torchcache.structure import Tree
+from torchcache.tiers import CachedCall, Tiers, spread
+
+#: So many forms of plain values beside tensors are watched for batch sizes, and of results for what follows a length.
+_MOST_FORMS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """The result of the whole call, computed as if there were no cache."""
+
+    result: object
+
+
+@dataclass(frozen=True, slots=True)
+class _Computed:
+    """Rows that were forwarded.
+
+    Attributes:
+        found: Their values, at the positions of the batch.
+        shared: What may be kept and given to others.
+        whole: What the caller gets if these are all rows of the call, as they came; None otherwise.
+    """
+
+    found: list[Found]
+    shared: list[Rows]
+    whole: _Answer | None
+
+
+_NOTHING = _Computed([], [], None)
+
+
+class Computer:
+    """Computes what the tiers of one cache do not have, and some of what they have to see that it is right.
+
+    Args:
+        options: Returns the options in force.
+        identity: The state that shapes results.
+        tiers: Where rows are kept.
+        verdicts: What is known of namespaces.
+        notices: Counts and says what happens.
+    """
+
+    def __init__(
+        self,
+        options: Callable[[], CacheOptions],
+        identity: Identity | FixedIdentity,
+        tiers: Tiers,
+        verdicts: Verdicts,
+        notices: Notices,
+    ) -> None:
+        self._options = options
+        self._identity = identity
+        self._tiers = tiers
+        self._verdicts = verdicts
+        self._notices = notices
+        self.flights = Flights()
+        self._sizes_of_plain: dict[bytes, set[int]] = {}  # batch sizes that gave equal plain values
+        self._followed: dict[bytes, Sequence[Sequence[int]]] = {}  # what of padded results is as long as the mask
+        self._chance = random.Random(os.urandom(16))  # noqa: S311 - chooses samples; the global one is the user's
+
+    def compute(
+        self, call: CachedCall, found: list[Found], missing: list[int], doubted: list[int], *, can_wait: bool
+    ) -> object:
+        """Forward the rows that no tier has, equal ones once, and keep what comes back."""
+        first: dict[bytes, int] = {}
+        for position in missing:
+            first.setdefault(call.digests[position], position)
+        wanted = list(first.values())
+        self._notices.counters.add(duplicates=len(missing) - len(wanted))
+        computed: list[Found] = []
+        for joins in (can_wait, False):
+            flight = Flight(call.namespace)
+            shared: list[Rows] = []
+            try:
+                joined = self.flights.claim(flight, call.rows_at(wanted), joins=joins)
+                own = [p for i, p in enumerate(wanted) if i not in joined]
+                if self.flights.landings != call.landings and self._options().looks_up:
+                    landed, own = self._tiers.fetch("memory", call, own)
+                    computed += landed
+                outcome = self._forward_rows(call, own, doubted, found) if own or doubted else _NOTHING
+                if isinstance(outcome, _Answer):
+                    return outcome.result
+                if outcome.whole is not None:
+                    shared = outcome.shared
+                    return outcome.whole.result
+                computed, doubted, shared = computed + outcome.found, [], outcome.shared
+            finally:
+                self.flights.land(flight, shared)
+            landed, wanted = self._wait({wanted[i]: other for i, other in joined.items()}, call)
+            computed += landed
+            if not wanted:
+                break
+        # What was computed again stands for what was found.
+        again = {p for item in computed for p in item.positions}
+        found = [part for item in found if (part := _without(item, again)) is not None]
+        if len(missing) > len(first):
+            computed = spread(computed, call.digests, sorted({*missing, *again}))[0]
+        if not call.batch.results.do_stack([*found, *computed]):
+            return self.go_around("rows_do_not_stack", call)
+        try:
+            return self.assemble([*found, *computed], call.batch)
+        except CorruptRecordError as error:
+            self._notices.error(error, 0)
+            return self.go_around("result_cannot_be_rebuilt", call)
+
+    def _wait(self, joined: Mapping[int, Flight], call: CachedCall) -> tuple[list[Found], list[int]]:
+        """Take rows from the flights that compute them; also return the positions of those that did not come."""
+        by_flight: dict[int, tuple[Flight, list[int]]] = {}
+        for position, flight in joined.items():
+            by_flight.setdefault(id(flight), (flight, []))[1].append(position)
+        landed: list[Found] = []
+        missing: list[int] = []
+        for flight, positions in by_flight.values():
+            for rows in flight.wait():
+                places = {digest: i for i, digest in enumerate(rows.digests)}
+                here = [p for p in positions if call.digests[p] in places]
+                positions = [p for p in positions if call.digests[p] not in places]  # noqa: PLW2901 - what is left
+                if here:
+                    landed.append(Found(here, rows.layout, rows.data[[places[call.digests[p]] for p in here]]))
+            missing += positions
+        self._notices.counters.add(shared_rows=len(joined) - len(missing))
+        return landed, missing
+
+    def _forward_rows(
+        self, call: CachedCall, own: list[int], doubted: list[int], found: Sequence[Found]
+    ) -> _Computed | _Answer:
+        """Forward rows, with some that are cached beside them, and keep what may be kept.
+
+        Args:
+            call: The call.
+            own: Positions of the rows that no tier has.
+            doubted: Positions of rows that are cached and to be compared.
+            found: The values that are cached.
+        """
+        n = len(own)
+        random_before, talks_before = _random_state(), collectives_done()
+        # Code that the walk does not see may talk to other ranks, and they forward all rows of a call. So does the
+        # first computed call of a namespace in a job, until one shows that it is computed alone.
+        is_trial = bool(talks_before) and not self._verdicts.is_alone(call.namespace)
+        witness = self._find_witness(call, found) if own and self._options().check_rows and not is_trial else None
+        doubted = [] if is_trial else doubted
+        positions = [*range(call.batch.n)] if is_trial else [*own, *doubted]
+        if witness is not None and witness.row is None:
+            positions += witness.cached.positions
+        is_as_given = witness is None and (is_trial or len(positions) == call.batch.n == n)
+        args, kwargs, results = call.args, call.kwargs, call.batch.results
+        failure: Exception | None = None
+        output: object = None
+        try:
+            if not is_as_given:
+                args, kwargs, results = call.batch.select(positions, None if witness is None else witness.row)
+            keys = call.keys
+            if keys is not None and not is_as_given:
+                keys = [keys[p] for p in positions]
+                if witness is not None and witness.row is not None:
+                    keys.append(witness.key or b"")
+            with torch.no_grad(), keys_in_force(keys):
+                output = call.function(*args, **kwargs)
+        except Exception as error:
+            if is_as_given:
+                raise
+            failure = error
+        if failure is not None:
+            return self._without_extras(call, own, doubted, found, failure)
+        effect = None
+        if _random_state() != random_before:
+            effect = "random_numbers"
+        elif collectives_done() != talks_before:
+            effect = "collectives"  # by code that the walk does not see, such as a library's
+        self._verdicts.note_effect(call.namespace, effect)
+        tree = results.flatten(output)
+        kind = unsupported_leaf(tree)
+        if kind is not None:
+            return self._give_back(kind, call, output if is_as_given else None)
+        if isinstance(results, PaddedResults):
+            following = effect or self._follow_length(call, positions, tree, results)
+            if isinstance(following, str):
+                return _Answer(self.go_around(following, call))
+            results = following
+        try:
+            total = call.batch.n if is_trial else n + len(doubted) + (witness is not None)
+            parts, overflowed = results.take_apart(tree, total, self._options().cache_dtype, self._tiers.known)
+        except (MemoryError, torch.OutOfMemoryError):
+            return self._give_back("out_of_memory", call, output if is_as_given else None)
+        except UncacheableError as error:
+            if is_as_given:
+                raise
+            return self._without_extras(call, own, doubted, found, error)
+        self._tiers.devices = results.devices(tree)
+        if effect:
+            self._notices.bypass(effect, 0)
+        elif is_trial:
+            self._verdicts.note_alone(call.namespace)
+        is_settled = effect is None and not self._identity.has_moved()
+        leaves = [leaf for leaf in tree.leaves if isinstance(leaf, torch.Tensor)]
+        tensors = [*call.batch.tensors, *self._identity.parameters(), *leaves]
+        if witness is not None and is_settled and not self._agrees(call, witness, total - 1, parts, tensors):
+            return _Answer(self.go_around("rows_depend_on_batch", call))
+        self._notices.counters.add(misses=n)
+        if overflowed:
+            self._notices.counters.add(overflowed_values=overflowed)
+            self._notices.say("overflow", f"cache_dtype={self._options().cache_dtype} made finite values infinite")
+        found_again: list[Found] = []
+        if is_settled and doubted:
+            found_again = self._verify(call, {p: n + i for i, p in enumerate(doubted)}, found, parts, tensors)
+        computed = _at_positions(_rows_at(parts, own if is_trial and n < total else range(n)), own)
+        rows = [Rows([call.digests[p] for p in item.positions], item.layout, item.data) for item in computed]
+        reason = effect or self._reason_to_drop(call, rows, total, is_settled=is_settled)
+        if reason:
+            self._notices.counters.add_to("dropped_rows", reason, n)
+            if not self._options().looks_up:
+                self._tiers.forget(call, [call.digests[p] for p in own])
+        else:
+            for item in rows:
+                if self._options().looks_up:
+                    self._tiers.keep(call, item)
+                else:
+                    self._tiers.replace(call, item)
+        if own and is_settled:
+            # Also where a plain value may be the batch size: one row more settles that.
+            self._leave_witness(call, computed[0])
+        is_whole = is_as_given and results.returns_as_given
+        whole = _Answer(results.rounded(tree, self._options().cache_dtype)) if is_whole else None
+        if not reason and whole is None:
+            # What is kept is the queue's and other threads' as well; the caller gets bytes of its own.
+            computed = [Found(item.positions, item.layout, item.data.copy()) for item in computed]
+        return _Computed([*computed, *found_again], [] if reason else rows, whole)
+
+    def _follow_length(
+        self, call: CachedCall, positions: Sequence[int], tree: Tree, results: PaddedResults
+    ) -> PaddedResults | str:
+        """Find out which dimensions of a padded batch's result follow its length, or why the call cannot be cached.
+
+        The first time, the shortest of its rows is computed once more with another padding, to see what changes.
+        """
+        form = call.namespace + digest_parts([str(([leaf.dim() for leaf in tree.leaves], tree.paths)).encode()])
+        followed = self._followed.get(form)
+        if followed is not None:
+            return results.following(followed)
+        assert isinstance(call.batch, PaddedBatch)
+        row = min(range(len(positions)), key=results.spans.length)
+        found = self._compute_with_other_padding(call, positions[row], results.spans.width)
+        if found is None:
+            return "other_length_failed"
+        other, other_results = found
+        followed = follow_length(tree, results.spans.width, other, other_results.spans.width)
+        if followed is None:
+            self._condemn(call)
+            return "rows_depend_on_batch"
+        results, other_results = results.following(followed), other_results.following(followed)
+        if self._options().check_rows and other_results.spans.length(0) == results.spans.length(row):
+            parts, _ = results.take_apart(
+                tree, len(results.spans.starts), self._options().cache_dtype, self._tiers.known
+            )
+            (again,), _ = other_results.take_apart(other, 1, self._options().cache_dtype, self._tiers.known)
+            tensors = [*call.batch.tensors, *self._identity.parameters(), *tree.leaves]
+            apart = self._distance(call, again, row, parts)
+            if apart is not None and apart > tolerance(tensors, self._options().cache_dtype):
+                self._condemn(call)
+                return "rows_depend_on_batch"
+        self._followed[form] = followed
+        if len(self._followed) > _MOST_FORMS:
+            self._followed.pop(next(iter(self._followed)))
+        return results
+
+    def _compute_with_other_padding(
+        self, call: CachedCall, position: int, width: int
+    ) -> tuple[Tree, PaddedResults] | None:
+        """Compute a row by itself: as long as it is, or where that is ``width``, with one position more or less."""
+        assert isinstance(call.batch, PaddedBatch)
+        length = call.batch.spans.length(position)
+        failure: Exception | None = None
+        for other_width in (length,) if length < width else (width + 1, width - 1):
+            try:
+                args, kwargs, results = call.batch.alone(position, other_width)
+                with torch.no_grad(), keys_in_force(None if call.keys is None else [call.keys[position]]):
+                    tree = results.flatten(call.function(*args, **kwargs))
+            except Exception as error:  # noqa: BLE001 - whatever a foreign forward raises for another length
+                failure = error
+                continue
+            return tree, results
+        self._notices.fault("other_length_failed", f"a row could not be computed with another padding ({failure!r})")
+        return None
+
+    def _without_extras(
+        self, call: CachedCall, own: list[int], doubted: list[int], found: Sequence[Found], failure: Exception
+    ) -> _Computed | _Answer:
+        """Go on after another composition of the call's rows failed."""
+        if doubted:  # an audit costs nobody a result
+            self._notices.fault("verify_hits", f"hits could not be computed again ({failure!r})")
+            return self._forward_rows(call, own, [], found) if own else _NOTHING
+        return self._answer_whole(call, failure)
+
+    def _give_back(self, reason: str, call: CachedCall, output: object) -> _Answer:
+        """Answer with ``output``, the whole call's result that cannot be cached; None: compute it."""
+        if output is None:
+            return _Answer(self.go_around(reason, call))
+        self._notices.bypass(reason, call.batch.n)
+        return _Answer(output)
+
+    def _answer_whole(self, call: CachedCall, failure: Exception) -> _Answer:
+        """Compute the call as the caller made it, after another composition of its rows failed.
+
+        If that succeeds, the module may be one that cannot be given any rows together, as caching by samples
+        needs. It may also have been a passing fault, so nothing is concluded where rows were found to be their
+        own before.
+        """
+        result = call.function(*call.args, **call.kwargs)
+        if _is_out_of_memory(failure):
+            self._verdicts.note(call.namespace, None)  # one row more did not fit: not to be tried again
+            return self._give_back("out_of_memory", call, result)
+        if call.batch.n == 1:
+            self._verdicts.note_single(call.namespace)
+            return self._give_back("one_sample_at_a_time", call, result)
+        if self._verdicts.of(call.namespace) is Verdict.INDEPENDENT:
+            self._notices.fault(
+                "other_batch_failed", f"a call failed with some of its rows, not with all ({failure!r})"
+            )
+            return self._give_back("other_batch_failed", call, result)
+        self._condemn(call)
+        return self._give_back("rows_depend_on_batch", call, result)
+
+    def _reason_to_drop(self, call: CachedCall, rows: list[Rows], n_forwarded: int, *, is_settled: bool) -> str | None:
+        """Say why computed rows must not be kept, or None."""
+        if not is_settled:
+            return "state_moved"
+        layout = rows[0].layout if rows else None
+        numbers = call.batch.results.plain_numbers(layout, self._tiers.known) if layout and layout.structure else ()
+        if layout and numbers:
+            # A plain number that equals the batch size may be the batch size: then it holds for no other batch.
+            key = call.namespace + digest_parts([layout.structure])
+            sizes = self._sizes_of_plain.setdefault(key, set())
+            sizes.add(n_forwarded)
+            if len(self._sizes_of_plain) > _MOST_FORMS:
+                self._sizes_of_plain.pop(next(iter(self._sizes_of_plain)))
+            if n_forwarded in numbers and len(sizes) < 2:
+                return "plain_value_may_be_batch_size"
+        return None
+
+    def _find_witness(self, call: CachedCall, found: Sequence[Found]) -> Witness | None:
+        """Return a cached row with which this batch can be checked, if it is still to be checked."""
+        if not call.batch.is_divisible or self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
+            return None
+        if call.batch.n == 1 and self._verdicts.is_single(call.namespace):
+            return None
+        witness = self._verdicts.witness(call.namespace)
+        has_key = witness is not None and witness.key is not None
+        if witness is not None and witness.marks == self._identity.marks() and (has_key or call.keys is None):
+            return witness
+        if found and not self._options().persistent_module_hash:
+            item = found[0]
+            return Witness(None, Found(item.positions[:1], item.layout, item.data[:1]))
+        return None
+
+    def _leave_witness(self, call: CachedCall, rows: Found) -> None:
+        if not self._options().check_rows or not call.batch.is_divisible:
+            return
+        if self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
+            return
+        witness, marks = self._verdicts.witness(call.namespace), self._identity.marks()
+        if witness is None or witness.marks != marks:
+            row = largest_row(rows.data, rows.layout, call.batch.results, self._tiers.known)
+            position = rows.positions[row]
+            cached = Found([position], rows.layout, rows.data[row : row + 1].copy())
+            key = None if call.keys is None else call.keys[position]
+            self._verdicts.leave(call.namespace, Witness(call.batch.row(position), cached, marks, key))
+
+    def _agrees(
+        self, call: CachedCall, witness: Witness, row: int, parts: Sequence[Found], tensors: Sequence[torch.Tensor]
+    ) -> bool:
+        """Compare the witness with what was computed at ``row``, and remember the verdict."""
+        allowed = tolerance(tensors, self._options().cache_dtype)
+        apart = self._distance(call, witness.cached, row, parts)
+        if apart is not None and apart > allowed:
+            self._condemn(call)
+            return False
+        if apart is None:
+            self._verdicts.note_vacuous(call.namespace)  # another batch may tell
+        else:
+            self._judge(call, Verdict.INDEPENDENT)
+        return True
+
+    def _condemn(self, call: CachedCall) -> None:
+        """Note that the rows of a namespace depend on their batch, and forget them all."""
+        self._tiers.forget_namespace(call)
+        self._judge(call, Verdict.DEPENDENT)
+
+    def _judge(self, call: CachedCall, verdict: Verdict) -> None:
+        self._verdicts.note(call.namespace, verdict)
+        if call.sink is not None:
+            self._tiers.do(call.sink, partial(call.sink.judge, call.namespace, verdict))
+
+    def _distance(self, call: CachedCall, cached: Found, row: int, parts: Sequence[Found]) -> float | None:
+        """Return how far a cached value and what was computed at ``row`` are apart."""
+        part = next(item for item in parts if row in item.positions)
+        i = list(part.positions).index(row)
+        computed = Found([row], part.layout, part.data[i : i + 1])
+        return row_distance(cached, computed, part.data, call.batch.results, self._tiers.known)
+
+    def _verify(
+        self,
+        call: CachedCall,
+        again: Mapping[int, int],
+        found: Sequence[Found],
+        parts: Sequence[Found],
+        tensors: Sequence[torch.Tensor],
+    ) -> list[Found]:
+        """Compare hits with what they were computed again; what differs is said, counted, replaced, and returned.
+
+        Args:
+            call: The call.
+            again: For each position that was computed again, at which row of ``parts``.
+            found: The values that are cached.
+            parts: What was computed.
+            tensors: What took part.
+        """
+        differ: list[Found] = []
+        allowed = tolerance(tensors, self._options().cache_dtype)
+        cached = {
+            p: Found([p], item.layout, item.data[i : i + 1]) for item in found for i, p in enumerate(item.positions)
+        }
+        self._notices.counters.add(verified_rows=len(again))
+        for position, row in again.items():
+            apart = self._distance(call, cached[position], row, parts)
+            if apart is None or apart <= allowed:
+                continue
+            digest = call.digests[position]
+            self._notices.counters.add(mismatched_rows=1)
+            self._notices.say(
+                "verify_hits",
+                f"the cached value of sample {position} ({digest.hex()}) is {apart:.2g} of its norm away from what "
+                f"was computed again, more than {allowed:g}; it is replaced"
+                + ("" if self._options().writes else ", in memory only since mode='read'")
+                + ". Look at explain() for what the key misses",
+            )
+            (item,) = _at_positions(_rows_at(parts, [row]), [position])
+            self._tiers.replace(call, Rows([digest], item.layout, item.data.copy()))
+            differ.append(item)
+        return differ
+
+    def assemble(self, found: Sequence[Found], batch: Batch) -> object:
+        n_leaves = len(found[0].layout.leaves)
+        devices = self._tiers.devices
+        if len(devices) != n_leaves:
+            devices = (self._guess_device(batch),) * n_leaves
+        return batch.results.assemble(found, batch.n, devices, self._tiers.known)
+
+    def _guess_device(self, batch: Batch) -> torch.device:
+        parameters = self._identity.parameters()
+        return parameters[0].device if parameters else batch.first_device
+
+    def choose(self, found: Sequence[Found]) -> list[int]:
+        """Choose the hits that are computed again for ``verify_hits``."""
+        share = self._options().verify_hits
+        return sorted(p for item in found for p in item.positions if self._chance.random() < share)
+
+    def go_around(self, reason: str, call: CachedCall) -> object:
+        """Compute a call as if there were no cache, and note why."""
+        self._notices.bypass(reason, call.batch.n)
+        return call.function(*call.args, **call.kwargs)
+
+
+def _rows_at(parts: Sequence[Found], rows: Sequence[int]) -> list[Found]:
+    """Return what was computed at some rows, in their order and numbered anew."""
+    if len(parts) == 1:  # all rows, in order
+        (part,) = parts
+        data = part.data[rows.start : rows.stop] if isinstance(rows, range) else part.data[list(rows)]
+        return [Found(range(len(rows)), part.layout, data)] if rows else []
+    number = {row: i for i, row in enumerate(rows)}
+    picked = [(part, [i for i, row in enumerate(part.positions) if row in number]) for part in parts]
+    return [
+        Found([number[part.positions[i]] for i in here], part.layout, part.data[here]) for part, here in picked if here
+    ]
+
+
+def _at_positions(found: Sequence[Found], positions: Sequence[int]) -> list[Found]:
+    """Return values whose positions are numbers of ``positions`` at those."""
+    return [Found([positions[i] for i in item.positions], item.layout, item.data) for item in found]
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out; on the CPU and in libraries, torch says so with a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and ("alloc" in text or "out of memory" in text)
+
+
+def _without(item: Found, positions: set[int]) -> Found | None:
+    """Return what was found without some positions; None if nothing is left."""
+    kept = [i for i, position in enumerate(item.positions) if position not in positions]
+    if len(kept) == len(item.positions):
+        return item
+    return Found([item.positions[i] for i in kept], item.layout, item.data[kept]) if kept else None
+
+
+def _random_state() -> tuple[object, ...]:
+    """Return something that differs if random numbers were drawn from a global generator meanwhile."""
+    states: list[object] = [torch.default_generator.get_state().numpy().tobytes(), random.getstate()]
+    kind, keys, position, *rest = np.random.get_state()  # noqa: NPY002 - the global generator is what is asked about
+    states += [kind, bytes(np.asarray(keys)), position, *rest]
+    if torch.cuda.is_initialized():
+        states += [g.get_state().numpy().tobytes() for g in torch.cuda.default_generators]
+    return tuple(states)
