@@ -64,7 +64,7 @@ def _short_sighted() -> None:
 def _no_containers() -> None:
     """Let the key not tell containers apart."""
 
-    def form_of(name: str, tree: Tree, wrap: type | None) -> bytes:  # noqa: ARG001 - as the true one
+    def form_of(name: str, tree: Tree, wrap: type | None, attributes: object) -> bytes:  # noqa: ARG001 - as the true one
         return b"container" if tree.encode() or wrap else b""
 
     arguments._form_of = form_of

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -122,6 +122,7 @@ class Argument:
         leaves: What it holds.
         tree: The container they hang in; None for a lone leaf.
         wrap: The class to be made of what ``tree`` builds, for a ``UserDict``.
+        attributes: Plain attributes of that, beside its items.
         form: What tells its container from others with the same leaves; empty for a lone leaf.
         is_shared: Whether all samples share it.
     """
@@ -133,6 +134,7 @@ class Argument:
     wrap: type[UserDict[Any, Any]] | None = None
     form: bytes = b""
     is_shared: bool = False
+    attributes: Mapping[str, object] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensors]:
         """Return those of its leaves that are tensors."""
@@ -151,7 +153,11 @@ class Argument:
         if self.tree is None:
             return next(iter(leaves))
         built: Any = self.tree.build(leaves)
-        return built if self.wrap is None else self.wrap(built)
+        if self.wrap is None:
+            return built
+        made = self.wrap(built)
+        vars(made).update(self.attributes)
+        return made
 
 
 def open_argument(name: str, place: int | str, value: object, batch_dim: int | None) -> Argument:
@@ -169,6 +175,7 @@ def open_argument(name: str, place: int | str, value: object, batch_dim: int | N
     """
     is_shared = batch_dim is None
     wrap, inner = None, value
+    attributes: dict[str, object] = {}
     if isinstance(value, torch.nn.Module):
         raise UncacheableError(
             f"argument {name!r} is a {type(value).__qualname__}, which cannot be part of a cache key; decorate "
@@ -178,6 +185,7 @@ def open_argument(name: str, place: int | str, value: object, batch_dim: int | N
     if isinstance(value, UserDict):  # such as transformers' BatchEncoding
         wrap, inner = type(value), dict(value)
         _check_wrap(name, wrap, inner)
+        attributes = _attributes_of(name, value)
     if type(inner) is list and not inner and not is_shared:
         return Argument(name, place, [Texts(name, [])])  # a batch without samples
     tree = flatten(inner, _is_shared_leaf if is_shared else _is_leaf)
@@ -188,8 +196,8 @@ def open_argument(name: str, place: int | str, value: object, batch_dim: int | N
         )
     paths = [name + path.removeprefix("output") for path in tree.paths]
     leaves = [_leaf(path, leaf, batch_dim or 0) for leaf, path in zip(tree.leaves, paths, strict=True)]
-    form = _form_of(name, tree, wrap)
-    return Argument(name, place, leaves, tree if form else None, wrap, form, is_shared)
+    form = _form_of(name, tree, wrap, attributes)
+    return Argument(name, place, leaves, tree if form else None, wrap, form, is_shared, attributes)
 
 
 def _leaf(name: str, value: Any, batch_dim: int) -> Tensors | Texts | Array:  # noqa: ANN401 - told apart here
@@ -211,6 +219,23 @@ def _check_wrap(name: str, wrap: type[UserDict[Any, Any]], items: dict[Any, Any]
         )
 
 
+def _attributes_of(name: str, value: UserDict[Any, Any]) -> dict[str, object]:
+    """Return the attributes that a mapping has beside its items; private ones count if they are plain.
+
+    BatchEncoding keeps in a private one what its tokenizer made, which models do not read.
+    """
+    attributes = {key: item for key, item in vars(value).items() if key != "data"}
+    plain = {key: item for key, item in attributes.items() if encode_plain(item) is not None}
+    public = [key for key in attributes if key not in plain and not key.startswith("_")]
+    if public:
+        raise UncacheableError(
+            f"argument {name!r} is a {type(value).__qualname__} with an attribute {public[0]!r} of type "
+            f"{type(attributes[public[0]]).__qualname__} beside its items; pass dict({name})",
+            argument=name,
+        )
+    return plain
+
+
 def _is_leaf(value: object) -> bool:
     return isinstance(value, torch.Tensor) or (type(value) is list and all(map(_is_text, value)) and bool(value))
 
@@ -223,7 +248,7 @@ def _is_text(value: object) -> bool:
     return type(value) is str or (type(value) is tuple and bool(value) and all(type(part) is str for part in value))
 
 
-def _form_of(name: str, tree: Tree, wrap: type | None) -> bytes:
+def _form_of(name: str, tree: Tree, wrap: type | None, attributes: Mapping[str, object]) -> bytes:
     """Return what tells a container from another one with the same leaves; empty for a lone leaf."""
     try:
         form = tree.encode()
@@ -232,4 +257,7 @@ def _form_of(name: str, tree: Tree, wrap: type | None) -> bytes:
             f"argument {name!r} has too many plain values; pass large ones as tensors",
             argument=name,
         ) from error
-    return form if wrap is None else digest_parts([class_name(wrap).encode(), form])
+    if wrap is None:
+        return form
+    beside = [part for key in sorted(attributes) for part in (key.encode(), encode_plain(attributes[key]) or b"")]
+    return digest_parts([class_name(wrap).encode(), form, *beside])
