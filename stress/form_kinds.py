@@ -479,10 +479,11 @@ def _pass_as(kinds: tuple[type, type]) -> Callable[[Form, random.Random], Form]:
 
 
 def _number_as_array(form: Form, rng: random.Random) -> Changed:
-    """Let a number be a 0-d array, or a 0-d tensor."""
+    """Let a number be one of NumPy's, a 0-d array, or a 0-d tensor."""
     spot, _ = _choose(form, rng, lambda value: isinstance(value, (Whole, np.ndarray)))
     value = rng.choice((3, 0.5, True))
-    forms = (value, np.array(value), Whole(torch.tensor(value)), np.array([value]))
+    array = np.array(value)
+    forms = (value, array[()], array, Whole(torch.tensor(value)), array[None])
     one, other = rng.sample(forms, 2)
     return _put(form, spot, one), _put(form, spot, other)
 

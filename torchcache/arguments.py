@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import UserDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -99,17 +100,17 @@ class Texts:
         return [self.texts[position] for position in positions] + (extra or [])
 
 
-class Array:
-    """A NumPy array that all samples share."""
+class Value:
+    """A NumPy array or scalar or a path that all samples share."""
 
-    __slots__ = ("array", "name")
+    __slots__ = ("name", "value")
 
-    def __init__(self, name: str, array: np.ndarray[Any, Any]) -> None:
+    def __init__(self, name: str, value: object) -> None:
         self.name = name
-        self.array = array
+        self.value = value
 
     def encode(self) -> bytes:
-        return encode_array(self.array)
+        return encode_array(self.value) if isinstance(self.value, np.ndarray) else encode_plain(self.value) or b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Argument:
 
     name: str
     place: int | str
-    leaves: Sequence[Any]  # Tensors, Texts or Array
+    leaves: Sequence[Any]  # Tensors, Texts or Value
     tree: Tree | None = None
     wrap: type[UserDict[Any, Any]] | None = None
     form: bytes = b""
@@ -168,7 +169,7 @@ def open_argument(name: str, place: int | str, value: object, batch_dim: int | N
         place: Index into args, or key of kwargs.
         value: The argument.
         batch_dim: The dimension of its tensors that samples lie along; None if all samples share it, which may then
-            hold arrays, or plain values alone.
+            hold arrays and what is made of plain values alone.
 
     Raises:
         UncacheableError: If there are no samples in it, or something beside them cannot be named.
@@ -200,10 +201,10 @@ def open_argument(name: str, place: int | str, value: object, batch_dim: int | N
     return Argument(name, place, leaves, tree if form else None, wrap, form, is_shared, attributes)
 
 
-def _leaf(name: str, value: Any, batch_dim: int) -> Tensors | Texts | Array:  # noqa: ANN401 - told apart here
+def _leaf(name: str, value: Any, batch_dim: int) -> Tensors | Texts | Value:  # noqa: ANN401 - told apart here
     if isinstance(value, torch.Tensor):
         return Tensors(name, value, batch_dim)
-    return Array(name, value) if isinstance(value, np.ndarray) else Texts(name, value)
+    return Texts(name, value) if isinstance(value, list) else Value(name, value)
 
 
 def _check_wrap(name: str, wrap: type[UserDict[Any, Any]], items: dict[Any, Any]) -> None:
@@ -241,6 +242,8 @@ def _is_leaf(value: object) -> bool:
 
 
 def _is_shared_leaf(value: object) -> bool:
+    if isinstance(value, (np.generic, PurePath)):
+        return encode_plain(value) is not None
     return _is_leaf(value) or (isinstance(value, np.ndarray) and not value.dtype.hasobject)
 
 
