@@ -611,6 +611,13 @@ def _add_plain(form: Form, rng: random.Random) -> Form:
     return _put(form, spot, replace(node, children=(*node.children, rng.choice((None, 0, ""))), keys=keys))
 
 
+def _change_note(form: Form, rng: random.Random) -> Changed:
+    """Let a mapping have another attribute beside its items."""
+    spot, node = _node(form, rng, lambda node: node.kind == "Encoding")
+    one, other = rng.sample((None, 1, True, "1", 1.0, (1,)), 2)
+    return _put(form, spot, replace(node, note=one)), _put(form, spot, replace(node, note=other))
+
+
 def _empty(form: Form, rng: random.Random) -> Changed:
     """Let one empty container be another."""
     spot, _ = _choose(form, rng, lambda value: isinstance(value, (Whole, np.ndarray)))
@@ -876,6 +883,7 @@ KINDS: dict[str, Kind] = {
     "container: order of keys": _differs(_reorder),
     "container: one around it": _differs(_wrap),
     "container: one value more": _differs(_add_plain),
+    "container: an attribute": _differs(_change_note, share=4),
     "container: empty": _differs(_empty, "rows", "whole"),
     "container: places exchanged": _differs(_exchange_places, *_UNKEYED),
     # Arguments and options.

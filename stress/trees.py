@@ -58,11 +58,13 @@ class Node:
         kind: One of ``KINDS``.
         keys: Of a mapping; others have none.
         children: What lies in it.
+        note: An attribute of an ``Encoding``, beside its items; None for none.
     """
 
     kind: str
     children: tuple[Any, ...]
     keys: tuple[Any, ...] = ()
+    note: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,10 @@ def has_keys(kind: str) -> bool:
 def build(tree: object, batch_dim: int, frame: Frame | None) -> Any:  # noqa: ANN401 - any argument
     """Return the argument that a tree stands for."""
     if isinstance(tree, Node):
-        return KINDS[tree.kind][0](tree.keys, [build(child, batch_dim, frame) for child in tree.children])
+        made = KINDS[tree.kind][0](tree.keys, [build(child, batch_dim, frame) for child in tree.children])
+        if tree.note is not None:
+            made.note = tree.note
+        return made
     if isinstance(tree, Rows):
         return lay(tree.tensor.movedim(0, batch_dim), tree.lie)
     if isinstance(tree, Sequences):
@@ -258,7 +263,7 @@ def parts_of(value: Any, path: str) -> Iterator[tuple[str, Any]]:  # noqa: ANN40
     """
     kind = type(value).__qualname__
     if isinstance(value, (dict, UserDict)):
-        yield path, (kind, *(repr(key) for key in value))
+        yield path, (kind, repr(getattr(value, "note", None)), *(repr(key) for key in value))
         for key, child in value.items():
             yield from parts_of(child, f"{path}[{key!r}]")
     elif dataclasses.is_dataclass(value):
