@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torchcache import arguments
+from torchcache import arguments, cache, padding
+from torchcache.keys.digest import combine, digest_rows
 from torchcache.memory import MemoryTier
 from torchcache.samples import Batch
+from torchcache.structure import Tree
+from torchcache.tensors import flat_bytes
 
 
 def _blind() -> None:
@@ -58,6 +61,39 @@ def _short_sighted() -> None:
     arguments.digest_rows = digest_rows  # type: ignore[attr-defined]
 
 
+def _no_containers() -> None:
+    """Let the key not tell containers apart."""
+
+    def form_of(name: str, tree: Tree, wrap: type | None, attributes: object) -> bytes:  # noqa: ARG001 - as the true one
+        return b"container" if tree.encode() or wrap else b""
+
+    arguments._form_of = form_of
+
+
+def _padding_counts() -> None:
+    """Let the key depend on what a batch is padded with, and how far."""
+    padding.PaddedTensors.digests = arguments.Tensors.digests  # type: ignore[method-assign]
+
+
+def _no_unbatched() -> None:
+    """Let the key not depend on what all samples share."""
+    true_encode = arguments.Argument.encode
+    arguments.Argument.encode = lambda self: b"" if self.is_shared else true_encode(self)  # type: ignore[method-assign]
+
+
+def _first_dimension() -> None:
+    """Let the key take rows for samples wherever the batch lies."""
+    arguments.Tensors.digests = lambda self, n: digest_rows(flat_bytes(self.tensor), n)  # type: ignore[method-assign]
+
+
+def _keys_alone() -> None:
+    """Let keys of the user's own stand for plain arguments too."""
+    cache.combine = lambda signature, parts: combine(bytes(16), parts)  # type: ignore[attr-defined] # noqa: ARG005
+    Batch.form = lambda self, signature: b""  # type: ignore[method-assign] # noqa: ARG005 - as the true one
+
+
 DEFECTS: dict[str, Callable[[], None]] = {
     "blind": _blind, "restless": _restless, "short-sighted": _short_sighted, "wrong-value": _wrong_value,
+    "no-containers": _no_containers, "padding-counts": _padding_counts, "no-unbatched": _no_unbatched,
+    "first-dimension": _first_dimension, "keys-alone": _keys_alone,
 }  # fmt: skip

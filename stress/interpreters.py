@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from stress.defects import DEFECTS
-from stress.programs import Answer, Running, Side
+from stress.programs import Answer
 from stress.values import ViolationError
 
 _ANSWER_SECONDS = 90.0
@@ -40,6 +40,26 @@ HASH_SEEDS = ("1", "4242")
 _TASKS_OF_A_SPAWNED = 10
 
 
+class Started(Protocol):
+    """What was started with a cache of its own."""
+
+    def call(self, side: Any, /) -> Answer:  # noqa: ANN401 - what it was started from
+        """Make the call of a side."""
+        ...
+
+    def close(self) -> None:
+        """Commit what is to be stored, and let go of it."""
+        ...
+
+
+class Startable(Protocol):
+    """What an interpreter can run, and then call."""
+
+    def start(self, directory: Path | None) -> Started:
+        """Run it, with a persistent cache if there is a directory."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """What an interpreter is asked to do.
@@ -51,8 +71,8 @@ class Task:
 
     how: str
     directory: Path | None
-    second: Side
-    first: Side | None = None
+    second: Startable
+    first: Startable | None = None
 
 
 def prepare(plant: str | None) -> None:
@@ -63,9 +83,9 @@ def prepare(plant: str | None) -> None:
         DEFECTS[plant]()
 
 
-def answer(side: Side, directory: Path | None) -> Answer:
+def answer(side: Startable, directory: Path | None) -> Answer:
     """Run a side in this process, as a whole program would."""
-    running = Running(side, directory)
+    running = side.start(directory)
     try:
         return running.call(side)
     finally:
@@ -182,7 +202,7 @@ class _Children:
     def _inherit(self, task: Task) -> list[Answer]:
         """Let a forked child call what its parent has called."""
         assert task.first is not None
-        running = Running(task.first, task.directory)
+        running = task.first.start(task.directory)
         first = running.call(task.first)
         process, connection = self._start("fork", _call, running)
         try:
@@ -212,7 +232,7 @@ def _receive(connection: Connection) -> Any:  # noqa: ANN401 - a task, or what b
     return torch.load(io.BytesIO(connection.recv_bytes()), weights_only=False)
 
 
-def _call(connection: Connection, running: Running) -> None:
+def _call(connection: Connection, running: Started) -> None:
     task: Task = _receive(connection)
     try:
         result: Any = [running.call(task.second)]

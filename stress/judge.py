@@ -5,27 +5,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 from stress.interpreters import HASH_SEEDS, Interpreters, Task
 from stress.kinds import Case
+from stress.pairs import Outcome
 from stress.programs import Answer, Running, Side, identify
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a case showed.
-
-    Attributes:
-        expected: Samples of the second call that must be hits.
-        hits: How many of these were.
-        wrongs: What never may happen, as kind and text.
-    """
-
-    expected: int = 0
-    hits: int = 0
-    wrongs: list[tuple[str, str]] = field(default_factory=list)
 
 
 def judge(case: Case, parent: Path | None, interpreters: Interpreters | None) -> Outcome:

@@ -53,6 +53,10 @@ class Case:
     is_same_program: bool
     ritual: str = ""
 
+    def shown(self) -> str:
+        """Return both programs for a reader."""
+        return "\n\n".join([self.first.shown(), "live:", *self.live, "second:", self.second.shown()])
+
 
 @dataclass(frozen=True, slots=True)
 class Change:

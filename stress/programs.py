@@ -83,6 +83,10 @@ class Side:
         literal = self.slots.get(f"default.{name}")
         return None if literal is None else value_of(literal)
 
+    def start(self, directory: Path | None) -> Running:
+        """Run the program."""
+        return Running(self, directory)
+
     def shown(self) -> str:
         """Return all of it for a reader."""
         lines = [self.text, f"target = {self.made_by}"]

@@ -43,6 +43,7 @@ class Suite:
 
 
 _STORE_PLANTS = ("wrong-value", "lost-record", "over-budget")
+_FORM_PLANTS = ("wrong-value", "no-containers", "padding-counts", "no-unbatched", "first-dimension", "keys-alone")
 
 SUITES = {
     suite.name: suite
@@ -53,6 +54,7 @@ SUITES = {
         Suite("loader", jobs=2, plants=("lost-record", "wrong-value")),
         Suite("ranks", jobs=1, plants=("lost-record", "wrong-value")),
         Suite("keys", jobs=2, plants=("blind", "restless", "short-sighted", "wrong-value"), takes=("cases", "case")),
+        Suite("forms", jobs=2, plants=_FORM_PLANTS, takes=("cases", "case")),
         Suite("rows", jobs=1, plants=("short-sighted", "wrong-value"), takes=("cases",)),
     )
 }

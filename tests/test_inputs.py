@@ -227,6 +227,43 @@ def test_a_mapping_that_cannot_be_made_anew_is_sent_to_dict():
         f(Strange({"a": batch()}, 1))
 
 
+class Tagged(UserDict):
+    tag = 1
+
+
+def test_attributes_of_a_mapping_count_and_are_passed_on():
+    @torchcache()
+    def scale(inputs):
+        return inputs["a"] * inputs.tag
+
+    def tagged(a, tag):
+        made = Tagged(a=a)
+        made.tag = tag
+        return made
+
+    a = torch.cat([batch(3), batch(3)])  # equal rows: the function gets a mapping made anew
+    for tag in (2, 5, 2.5):
+        assert torch.equal(scale(tagged(a, tag)), a * tag)
+    assert torch.equal(scale(tagged(a[1:2], 5)), a[1:2] * 5)
+    assert misses(scale) == 9
+    with pytest.raises(UncacheableError, match=r"attribute 'tag' of type list.*pass dict\(inputs\)") as refused:
+        scale(tagged(a, [2]))
+    assert refused.value.argument == "inputs"
+
+
+def test_what_a_tokenizer_keeps_beside_its_tensors_does_not_matter():
+    @torchcache()
+    def double(inputs):
+        return inputs["a"] * 2
+
+    a = batch(3)
+    for encodings in ([object()], [object()]):
+        made = BatchEncoding({"a": a}, n_sequences=1)
+        made._encodings = encodings
+        assert torch.equal(double(made), a * 2)
+    assert misses(double) == 3
+
+
 # -- text -------------------------------------------------------------------------------------------------------------
 
 

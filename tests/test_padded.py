@@ -211,6 +211,14 @@ def test_a_result_of_half_the_length_is_not_cached():
     assert cache_of(cached).stats().bypasses == {"rows_depend_on_batch": 2}
 
 
+@pytest.mark.parametrize("check_rows", [True, False])
+def test_a_plain_value_that_follows_the_length_is_not_cached(check_rows):
+    cached = torchcache(padded=PADDED, check_rows=check_rows)(lambda ids, mask: (ids * mask, ids.shape[1]))
+    for width in (9, 12):
+        assert cached(*padded([1, 8], width))[1] == width
+    assert cache_of(cached).stats().bypasses == {"rows_depend_on_batch": 2}
+
+
 def test_a_result_without_the_length_is_kept():
     cached = torchcache(padded=PADDED)(lambda ids, mask: (ids * mask).sum(1, keepdim=True))
     for width in (9, 12):

@@ -30,6 +30,11 @@ class Scored:
     label: str = "none"
 
 
+@dataclass(frozen=True, slots=True)
+class Sealed:
+    features: torch.Tensor
+
+
 class Kind(enum.Enum):
     DENSE = 1
 
@@ -238,6 +243,17 @@ def test_plain_values_that_depend_on_the_batch_are_found_out_with_the_second_one
     for x in (X[:2], X[2:4], X[4:], X[:1]):
         assert same(function(x), plain(x))
     assert set(cache_of(function).stats().bypasses) == {"rows_depend_on_batch"}
+
+
+def test_a_frozen_dataclass_with_slots_is_one_class_though_its_methods_lead_to_another():
+    @torchcache()
+    def compute(x):
+        return Sealed(x * 2)
+
+    x = torch.rand(3, 2)
+    for _ in range(2):
+        assert torch.equal(compute(x).features, x * 2)
+    assert cache_of(compute).stats().misses == 3
 
 
 def test_an_empty_batch_keeps_its_form():

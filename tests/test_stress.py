@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from stress.suites import SUITES
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -87,10 +89,12 @@ def test_every_kind_of_case_gets_its_turn(tmp_path):
     assert lines[1:] == ["stress: 1 passed, 0 failed"]
 
 
-@pytest.mark.parametrize(("plant", "kind", "cases"), [("blind", "shared", 80)])
-def test_a_key_that_is_wrong_is_found_and_the_case_can_be_seen_again(plant, kind, cases, tmp_path):
+@pytest.mark.parametrize(
+    ("suite", "plant", "kind", "cases"), [("keys", "blind", "shared", 80), ("forms", "no-containers", "wrong", 47)]
+)
+def test_a_key_that_is_wrong_is_found_and_the_case_can_be_seen_again(suite, plant, kind, cases, tmp_path):
     words = ("--seed", 1, "--dir", tmp_path, "--jobs", 1, "--plant", plant)
-    status, lines = stress("run", "--suite", "keys", "--seconds", 90, "--cases", cases, *words)
+    status, lines = stress("run", "--suite", suite, "--seconds", 90, "--cases", cases, *words)
     assert status == 1
     assert json.loads(lines[0])["violations"] > 0
     said = next(line for line in lines if line.startswith(f"{kind}: "))
@@ -101,6 +105,56 @@ def test_a_key_that_is_wrong_is_found_and_the_case_can_be_seen_again(plant, kind
     assert status == 1
     assert json.loads(lines[0])["cases"] == 1
     assert said in lines
+
+
+def test_every_kind_of_call_of_any_form_gets_its_turn(tmp_path):
+    status, lines = stress("run", "--suite", "forms", "--seconds", 90, "--cases", 60, "--seed", 1, "--dir", tmp_path)
+    verdict = json.loads(lines[0])
+    assert status == 0, "\n".join(lines)
+    assert verdict["cases"] == 60
+    assert min(verdict["kinds"].values()) > 0
+    assert {"live", "fresh", "stored", "process", "fork", "inherited"} == set(verdict["ways"])
+    assert verdict["hits"] == verdict["expected"] > 30
+    assert verdict["violations"] == verdict["wrong_results"] == verdict["shared_keys"] == verdict["split_keys"] == 0
+    assert lines[1:] == ["stress: 1 passed, 0 failed"]
+
+
+PLANTED = """
+import os, random, sys
+from pathlib import Path
+from stress.form_kinds import KINDS, deal
+from stress.forms import judge
+from stress.interpreters import prepare
+
+def is_found(kinds):
+    for number in range(10):
+        for name in KINDS:
+            case = deal(name, random.Random(f"{name} {number}"))
+            if case.how in ("live", "fresh", "stored"):
+                if {kind for kind, _ in judge(case, Path(sys.argv[1]), None).wrongs} & kinds:
+                    return True
+    return False
+
+for plant, *kinds in map(str.split, sys.argv[2:]):
+    pid = os.fork()
+    if not pid:
+        prepare(plant)
+        os._exit(7 if is_found(set(kinds)) else 8)
+    print(plant, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_key_that_is_wrong_for_a_form_of_calls_is_found(tmp_path):
+    plants = (
+        "no-containers shared wrong", "no-unbatched shared wrong", "keys-alone shared wrong", "padding-counts apart",
+        "first-dimension apart", "wrong-value wrong",
+    )  # fmt: skip
+    assert {plant.split()[0] for plant in plants} == set(SUITES["forms"].plants)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PLANTED, tmp_path, *plants], capture_output=True, text=True, cwd=ROOT,
+        check=False, timeout=110,
+    )  # fmt: skip
+    assert done.stdout.splitlines() == [f"{plant.split()[0]} 7" for plant in plants], done.stderr
 
 
 def test_rows_in_any_batch_get_their_own_values(tmp_path):
@@ -125,7 +179,7 @@ def test_rows_with_values_of_others_are_found(plant, tmp_path):
 def test_the_suites_are_listed_without_torch():
     status, lines = stress("list")
     assert status == 0
-    assert [line.split()[0] for line in lines] == ["crowd", "kill", "fork", "loader", "ranks", "keys", "rows"]
+    assert [line.split()[0] for line in lines] == ["crowd", "kill", "fork", "loader", "ranks", "keys", "forms", "rows"]
     assert all(len(line.split()) > 5 for line in lines)
     program = "import sys, stress.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

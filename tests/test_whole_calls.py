@@ -198,6 +198,15 @@ def test_what_is_returned_belongs_to_the_caller():
         (("a\ud800",), ("a",)),
         (([torch.zeros(2), 1],), ([1, torch.zeros(2)],)),
         ((Color.RED,), (1,)),
+        ((np.int64(1),), (1,)),
+        ((np.int64(1),), (np.int32(1),)),
+        ((np.float64(1),), (1.0,)),
+        ((np.float32(0.0),), (np.float32(-0.0),)),
+        ((np.array(1),), (np.int64(1),)),
+        (([np.int64(1)],), ([1],)),
+        (([np.str_("a")],), (["a"],)),
+        (([Path("a")],), (["a"],)),
+        (([Path("a")],), ([Path("b")],)),
     ],
 )
 def test_calls_that_differ_share_nothing(one, other):
@@ -214,6 +223,14 @@ def test_equal_plain_arguments_hit(values):
     a, b = cached(values), cached(list(values))
     assert len(calls) == 1
     assert same(a, b)
+
+
+def test_an_index_of_numpy_and_paths_hit():
+    cached, calls = counted(lambda i, paths: int(i))
+    for _ in range(2):
+        for i in np.arange(3):
+            assert cached(i, [Path("a"), {"b": Path("b")}]) == i
+    assert len(calls) == 3
 
 
 def test_strides_do_not_count():

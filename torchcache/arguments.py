@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import UserDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 import numpy as np
@@ -99,17 +100,17 @@ class Texts:
         return [self.texts[position] for position in positions] + (extra or [])
 
 
-class Array:
-    """A NumPy array that all samples share."""
+class Value:
+    """A NumPy array or scalar or a path that all samples share."""
 
-    __slots__ = ("array", "name")
+    __slots__ = ("name", "value")
 
-    def __init__(self, name: str, array: np.ndarray[Any, Any]) -> None:
+    def __init__(self, name: str, value: object) -> None:
         self.name = name
-        self.array = array
+        self.value = value
 
     def encode(self) -> bytes:
-        return encode_array(self.array)
+        return encode_array(self.value) if isinstance(self.value, np.ndarray) else encode_plain(self.value) or b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +123,19 @@ class Argument:
         leaves: What it holds.
         tree: The container they hang in; None for a lone leaf.
         wrap: The class to be made of what ``tree`` builds, for a ``UserDict``.
+        attributes: Plain attributes of that, beside its items.
         form: What tells its container from others with the same leaves; empty for a lone leaf.
         is_shared: Whether all samples share it.
     """
 
     name: str
     place: int | str
-    leaves: Sequence[Any]  # Tensors, Texts or Array
+    leaves: Sequence[Any]  # Tensors, Texts or Value
     tree: Tree | None = None
     wrap: type[UserDict[Any, Any]] | None = None
     form: bytes = b""
     is_shared: bool = False
+    attributes: Mapping[str, object] = field(default_factory=dict)
 
     def tensors(self) -> list[Tensors]:
         """Return those of its leaves that are tensors."""
@@ -151,7 +154,11 @@ class Argument:
         if self.tree is None:
             return next(iter(leaves))
         built: Any = self.tree.build(leaves)
-        return built if self.wrap is None else self.wrap(built)
+        if self.wrap is None:
+            return built
+        made = self.wrap(built)
+        vars(made).update(self.attributes)
+        return made
 
 
 def open_argument(name: str, place: int | str, value: object, batch_dim: int | None) -> Argument:
@@ -162,13 +169,14 @@ def open_argument(name: str, place: int | str, value: object, batch_dim: int | N
         place: Index into args, or key of kwargs.
         value: The argument.
         batch_dim: The dimension of its tensors that samples lie along; None if all samples share it, which may then
-            hold arrays, or plain values alone.
+            hold arrays and what is made of plain values alone.
 
     Raises:
         UncacheableError: If there are no samples in it, or something beside them cannot be named.
     """
     is_shared = batch_dim is None
     wrap, inner = None, value
+    attributes: dict[str, object] = {}
     if isinstance(value, torch.nn.Module):
         raise UncacheableError(
             f"argument {name!r} is a {type(value).__qualname__}, which cannot be part of a cache key; decorate "
@@ -178,6 +186,7 @@ def open_argument(name: str, place: int | str, value: object, batch_dim: int | N
     if isinstance(value, UserDict):  # such as transformers' BatchEncoding
         wrap, inner = type(value), dict(value)
         _check_wrap(name, wrap, inner)
+        attributes = _attributes_of(name, value)
     if type(inner) is list and not inner and not is_shared:
         return Argument(name, place, [Texts(name, [])])  # a batch without samples
     tree = flatten(inner, _is_shared_leaf if is_shared else _is_leaf)
@@ -188,14 +197,14 @@ def open_argument(name: str, place: int | str, value: object, batch_dim: int | N
         )
     paths = [name + path.removeprefix("output") for path in tree.paths]
     leaves = [_leaf(path, leaf, batch_dim or 0) for leaf, path in zip(tree.leaves, paths, strict=True)]
-    form = _form_of(name, tree, wrap)
-    return Argument(name, place, leaves, tree if form else None, wrap, form, is_shared)
+    form = _form_of(name, tree, wrap, attributes)
+    return Argument(name, place, leaves, tree if form else None, wrap, form, is_shared, attributes)
 
 
-def _leaf(name: str, value: Any, batch_dim: int) -> Tensors | Texts | Array:  # noqa: ANN401 - told apart here
+def _leaf(name: str, value: Any, batch_dim: int) -> Tensors | Texts | Value:  # noqa: ANN401 - told apart here
     if isinstance(value, torch.Tensor):
         return Tensors(name, value, batch_dim)
-    return Array(name, value) if isinstance(value, np.ndarray) else Texts(name, value)
+    return Texts(name, value) if isinstance(value, list) else Value(name, value)
 
 
 def _check_wrap(name: str, wrap: type[UserDict[Any, Any]], items: dict[Any, Any]) -> None:
@@ -211,11 +220,30 @@ def _check_wrap(name: str, wrap: type[UserDict[Any, Any]], items: dict[Any, Any]
         )
 
 
+def _attributes_of(name: str, value: UserDict[Any, Any]) -> dict[str, object]:
+    """Return the attributes that a mapping has beside its items; private ones count if they are plain.
+
+    BatchEncoding keeps in a private one what its tokenizer made, which models do not read.
+    """
+    attributes = {key: item for key, item in vars(value).items() if key != "data"}
+    plain = {key: item for key, item in attributes.items() if encode_plain(item) is not None}
+    public = [key for key in attributes if key not in plain and not key.startswith("_")]
+    if public:
+        raise UncacheableError(
+            f"argument {name!r} is a {type(value).__qualname__} with an attribute {public[0]!r} of type "
+            f"{type(attributes[public[0]]).__qualname__} beside its items; pass dict({name})",
+            argument=name,
+        )
+    return plain
+
+
 def _is_leaf(value: object) -> bool:
     return isinstance(value, torch.Tensor) or (type(value) is list and all(map(_is_text, value)) and bool(value))
 
 
 def _is_shared_leaf(value: object) -> bool:
+    if isinstance(value, (np.generic, PurePath)):
+        return encode_plain(value) is not None
     return _is_leaf(value) or (isinstance(value, np.ndarray) and not value.dtype.hasobject)
 
 
@@ -223,7 +251,7 @@ def _is_text(value: object) -> bool:
     return type(value) is str or (type(value) is tuple and bool(value) and all(type(part) is str for part in value))
 
 
-def _form_of(name: str, tree: Tree, wrap: type | None) -> bytes:
+def _form_of(name: str, tree: Tree, wrap: type | None, attributes: Mapping[str, object]) -> bytes:
     """Return what tells a container from another one with the same leaves; empty for a lone leaf."""
     try:
         form = tree.encode()
@@ -232,4 +260,7 @@ def _form_of(name: str, tree: Tree, wrap: type | None) -> bytes:
             f"argument {name!r} has too many plain values; pass large ones as tensors",
             argument=name,
         ) from error
-    return form if wrap is None else digest_parts([class_name(wrap).encode(), form])
+    if wrap is None:
+        return form
+    beside = [part for key in sorted(attributes) for part in (key.encode(), encode_plain(attributes[key]) or b"")]
+    return digest_parts([class_name(wrap).encode(), form, *beside])

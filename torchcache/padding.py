@@ -248,9 +248,11 @@ def follow_length(tree: Tree, length: int, other: Tree, other_length: int) -> li
     """Compare the results of batches of two lengths: which dimensions of each leaf are as long.
 
     Returns:
-        None if something else depends on the length, such as a dimension of half of it.
+        None if something else depends on the length, such as a dimension of half of it, or a plain value.
     """
     if len(tree.leaves) != len(other.leaves):
+        return None
+    if tree.problem is None and other.problem is None and tree.encode() != other.encode():
         return None
     followed: list[list[int]] = []
     for one, two in zip(tree.leaves, other.leaves, strict=True):

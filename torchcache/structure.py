@@ -143,11 +143,12 @@ class KnownClasses:
         """Let ``cls`` be found."""
         name = class_name(cls)
         before = self._classes.get(name)
-        if before is cls:
+        if before is cls or _is_draft_of(cls, before):
             return
         self._classes[name] = cls
         if before is not None:
-            self._doubtful.add(name)
+            if not _is_draft_of(before, cls):
+                self._doubtful.add(name)
             self._decoded = {}  # whose trees would be of the class before
 
     def learn_from(self, tree: Tree) -> None:
@@ -199,6 +200,20 @@ class KnownClasses:
             self._decoded = {}
         self._decoded[structure] = node
         return node
+
+
+def _is_draft_of(cls: type, other: type | None) -> bool:
+    """Tell whether ``other`` is what ``dataclass(slots=True)`` made of ``cls``.
+
+    It makes a second class of the first one's parts, and methods of a frozen one still lead to the first.
+    """
+    fields = vars(cls).get("__dataclass_fields__")
+    return (
+        fields is not None
+        and other is not None
+        and vars(other).get("__dataclass_fields__") is fields
+        and "__slots__" in vars(other)
+    )
 
 
 def class_name(cls: type) -> str:

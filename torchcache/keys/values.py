@@ -52,8 +52,8 @@ class UnnamedValueError(Exception):
 def encode_plain(value: object) -> bytes | None:
     """Return the bytes of an immutable plain value, or None if it is not one.
 
-    Plain are int, float, complex, str, bool, None, bytes, enum members, torch dtypes, devices, layouts
-    and memory formats, slices, Ellipsis, paths, and tuples (named ones too) of these.
+    Plain are int, float, complex, str, bool, None, bytes, enum members, NumPy scalars, torch dtypes, devices,
+    layouts and memory formats, slices, Ellipsis, paths, and tuples (named ones too) of these.
     """
     kind = type(value)
     if isinstance(value, int) and kind is int:
@@ -81,6 +81,8 @@ def encode_plain(value: object) -> bytes | None:
         return None if None in items else digest_parts([b"tuple", type_name(kind), *items])  # type: ignore[list-item]
     if isinstance(value, pathlib.PurePath):
         return b"path " + str(value).encode("utf-8", "surrogateescape")
+    if isinstance(value, np.generic) and not isinstance(value, (np.void, np.object_)):
+        return digest_parts([b"numpy", str(value.dtype).encode(), value.tobytes()])
     return None
 
 

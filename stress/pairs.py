@@ -1,0 +1,208 @@
+"""Pairs of calls by kind: dealt from a deck, judged by several processes, counted, and kept where they go wrong."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import shlex
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+from stress.interpreters import Interpreters, prepare
+from stress.members import Members
+from stress.values import ViolationError
+from stress.verdict import Run, Tally
+
+CASES = 20_000
+
+_MOST_VIOLATIONS = 20
+_END_SECONDS = 120.0  # a case that waits for another interpreter, and the ends of all of these
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What a case showed.
+
+    Attributes:
+        expected: Samples of the second call that must be hits.
+        hits: How many of these were.
+        wrongs: What never may happen, as kind and text.
+    """
+
+    expected: int = 0
+    hits: int = 0
+    wrongs: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Kind(Protocol):
+    """One way to differ or to be the same."""
+
+    @property
+    def differs(self) -> bool:
+        """Whether at least one sample of the second call must not share a key with the first call."""
+        ...
+
+    @property
+    def share(self) -> int:
+        """How often it is dealt, beside the others."""
+        ...
+
+
+class Case(Protocol):
+    """Two calls."""
+
+    @property
+    def how(self) -> str:
+        """How, or in which process, the second one runs."""
+        ...
+
+    def shown(self) -> str:
+        """Return both calls for a reader."""
+        ...
+
+
+@dataclass(slots=True)
+class PairTally(Tally):
+    """What a run did.
+
+    Attributes:
+        cases: Pairs of calls.
+        differences: How many of these differed.
+        samenesses: How many were the same.
+        wrong_results: Samples whose result was not right.
+        shared_keys: Samples that shared a key although they differ.
+        split_keys: Samples that are the same and did not share a key.
+        kinds: Cases by kind.
+        ways: Cases by how they ran.
+    """
+
+    cases: int = 0
+    differences: int = 0
+    samenesses: int = 0
+    wrong_results: int = 0
+    shared_keys: int = 0
+    split_keys: int = 0
+    kinds: dict[str, int] = field(default_factory=dict)
+    ways: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Mapping[str, Any]) -> None:
+        """Add what another process counted."""
+        for name, value in other.items():
+            if isinstance(value, dict):
+                counts = getattr(self, name)
+                counts.update({key: counts.get(key, 0) + count for key, count in value.items()})
+            else:
+                setattr(self, name, getattr(self, name) + value)
+
+    def is_proof(self) -> bool:
+        return bool(self.differences and self.samenesses and self.hits)
+
+
+@dataclass(frozen=True, slots=True)
+class Pairs:
+    """A suite of pairs of calls.
+
+    Attributes:
+        kinds: What cases there are, by name.
+        deal: Makes a case of a kind.
+        judge: Carries out a case and says what was wrong.
+    """
+
+    kinds: Mapping[str, Kind]
+    deal: Callable[[str, Random], Any]  # a Case
+    judge: Callable[[Any, Path | None, Interpreters | None], Outcome]
+
+    def tally(self) -> PairTally:
+        """Return a tally that is still empty."""
+        return PairTally(kinds=dict.fromkeys(self.kinds, 0))
+
+    def run(self, asked: Run[PairTally]) -> None:
+        """Let ``jobs`` processes share the cases, until there were enough, the time is over, or much is violated."""
+        tally = asked.tally
+        prepare(asked.plant)
+        if asked.case is not None:
+            tally.kinds = {}
+            self._try_all(asked, [asked.case], time.monotonic() + asked.seconds)
+            return
+        deadline = time.monotonic() + asked.seconds
+        cases = range(asked.cases or CASES)
+        with contextlib.closing(Members(asked, asked.seconds + _END_SECONDS)) as members:
+            running = [members.start(self._work, asked, i, cases[i :: asked.jobs], deadline) for i in range(asked.jobs)]
+            for pid in running:
+                members.join(pid, max(0.0, deadline - time.monotonic()) + _END_SECONDS)
+        for i in range(asked.jobs):
+            tally.add(json.loads(_tally_of(asked, i).read_text()))
+        without = [name for name, count in tally.kinds.items() if not count]
+        if without and not asked.has_failed():
+            asked.note(ViolationError("idle", f"{len(without)} kinds got no case, such as {without[0]!r}"))
+
+    def kind_of(self, asked: Run[PairTally], number: int) -> str:
+        """Return the kind of a case: dealt from a shuffled deck, in which each kind comes once before any twice."""
+        size = sum(kind.share for kind in self.kinds.values())
+        rng = asked.rng("deck", number // size)
+        ones = list(self.kinds)
+        rest = [name for name, kind in self.kinds.items() for _ in range(kind.share - 1)]
+        rng.shuffle(ones)
+        rng.shuffle(rest)
+        return (ones + rest)[number % size]
+
+    def _work(self, asked: Run[PairTally], job: int, numbers: Sequence[int], deadline: float) -> None:
+        self._try_all(asked, numbers, deadline)
+        _tally_of(asked, job).write_text(json.dumps(asdict(asked.tally)))
+
+    def _try_all(self, asked: Run[PairTally], numbers: Sequence[int], deadline: float) -> None:
+        with contextlib.closing(Interpreters(asked.plant)) as interpreters:
+            for number in numbers:
+                if time.monotonic() > deadline or len(asked.violations()) >= _MOST_VIOLATIONS:
+                    break
+                self._try(asked, asked.tally, number, interpreters)
+
+    def _try(self, asked: Run[PairTally], tally: PairTally, number: int, interpreters: Interpreters) -> None:
+        """Deal and judge one case, and note what is wrong with it."""
+        name: str = self.kind_of(asked, number)
+        case: Case | None = None
+        try:
+            case = self.deal(name, asked.rng("case", number))
+            outcome = self.judge(case, asked.directory, interpreters)
+            wrongs = outcome.wrongs
+            tally.expected += outcome.expected
+            tally.hits += outcome.hits
+        except ViolationError as error:
+            wrongs = [(error.kind, str(error))]
+        except Exception as error:
+            wrongs = [("raised", "".join(traceback.format_exception(error)))]
+        tally.cases += 1
+        tally.kinds[name] = tally.kinds.get(name, 0) + 1
+        if self.kinds[name].differs:
+            tally.differences += 1
+        else:
+            tally.samenesses += 1
+        if case is not None:
+            tally.ways[case.how] = tally.ways.get(case.how, 0) + 1
+        counts = collections.Counter(kind for kind, _ in wrongs)
+        tally.wrong_results += counts["wrong"]
+        tally.shared_keys += counts["shared"]
+        tally.split_keys += counts["apart"]
+        if wrongs:
+            _keep(asked, number, name, case, wrongs)
+
+
+def _tally_of(asked: Run[PairTally], job: int) -> Path:
+    return asked.directory / f"tally-{job}.json"
+
+
+def _keep(asked: Run[PairTally], number: int, name: str, case: Case | None, wrongs: list[tuple[str, str]]) -> None:
+    """Keep the calls of a case that went wrong, and say how to see it again."""
+    path = asked.directory / f"case-{number}.txt"
+    if case is not None:
+        path.write_text(f"{name}, {case.how}\n\n{case.shown()}", "utf-8", "backslashreplace")
+    again = f"python -m stress run --suite {asked.suite} --seed {asked.seed} --case {number}"
+    again += f" --plant {shlex.quote(asked.plant)}" if asked.plant else ""
+    said = "; ".join(dict.fromkeys(text for _, text in wrongs))
+    asked.note(ViolationError(wrongs[0][0], f"{name} ({case.how if case else 'not dealt'}): {said}; again: {again}"))
