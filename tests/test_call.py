@@ -436,6 +436,15 @@ def test_the_order_of_surplus_keywords_counts(known):
     assert stats_of(function).memory_hits == 4
 
 
+@pytest.mark.parametrize("name", ["", "*", "**order", "**b", "x[0]", "x y"])
+def test_a_surplus_keyword_of_any_name_counts(name):
+    cached = torchcache()(lambda x, **more: x * sum(more.values()))
+    x = batch(2)
+    for first, second in ((1, 2), (3, 4)):
+        assert torch.equal(cached(x, **{name: first, "b": second}), x * (first + second))
+    assert stats_of(cached).misses == 4
+
+
 def test_a_surplus_keyword_is_not_an_argument_of_the_same_name():
     @torchcache(check_rows=False)
     def function(x, scale=1, /, *args, **named):

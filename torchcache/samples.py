@@ -111,10 +111,10 @@ class CallSignature:
             self._sort_argument(name, place, value, arguments, plain)
         surplus = [key for key in kwargs if key not in self._keywords]
         if len(surplus) > 1:  # code that goes through **kwargs sees their order
-            plain["**order"] = digest_parts(key.encode("utf-8", "surrogatepass") for key in surplus)
+            plain["*"] = digest_parts(key.encode("utf-8", "surrogatepass") for key in surplus)
         for key, value in kwargs.items():
-            # One that only **kwargs takes may be called like an argument that is given by position.
-            name = f"**{key}" if key in self._positional_only or "[" in key else key
+            # One that only **kwargs takes may be called like an argument that is given by position, or anything else.
+            name = f"**{key}" if key in self._positional_only or not key.isidentifier() else key
             self._sort_argument(name, key, value, arguments, plain)
         if self._batch_dim is None:
             return Call(args, kwargs, arguments, plain, self._results)

@@ -7,6 +7,7 @@ import dataclasses
 import os
 import random
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -890,3 +891,47 @@ def damage(path: Path, needle: bytes) -> None:
         data = data[: at + 7] + bytes([data[at + 7] ^ 4]) + data[at + 8 :]
         at = data.find(needle, at + 1)
     path.write_bytes(data)
+
+
+def test_a_closed_store_holds_nothing_open_and_opens_again(root):
+    one, other = open_store(root), open_store(root)
+    put(one, digests_of(range(10)))
+
+    def is_open():
+        return "data.mdb" in Path("/proc/self/maps").read_text()
+
+    assert is_open()
+    one.close()
+    assert not is_open()
+    assert hits_of(other, digests_of(range(10))) == set(range(10))
+    put(one, digests_of(range(10, 20)))
+    other.close()
+    assert not is_open()
+    assert hits_of(one, digests_of(range(20))) == set(range(20))
+
+
+def test_a_store_may_be_closed_while_others_read_and_write(root):
+    stores = [open_store(root) for _ in range(3)]
+    put(stores[0], digests_of(range(50)))
+    stop, wrong = threading.Event(), []
+
+    def read(store):
+        while not stop.is_set():
+            if hits_of(store, digests_of(range(50))) != set(range(50)):
+                wrong.append(1)
+
+    def write(store):
+        number = 1000
+        while not stop.is_set():
+            put(store, digests_of(range(number, number + 5)))
+            number += 5
+
+    threads = [threading.Thread(target=read, args=(stores[0],)), threading.Thread(target=write, args=(stores[1],))]
+    for thread in threads:
+        thread.start()
+    for _ in range(200):
+        stores[2].close()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert wrong == []

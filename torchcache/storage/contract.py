@@ -127,4 +127,4 @@ class Store(Protocol):
         """Return the bytes under the cache directory at this process's last look."""
 
     def close(self) -> None:
-        """Give up this handle; the store itself is closed when its last handle is."""
+        """Give up what is open; the next use opens it again."""

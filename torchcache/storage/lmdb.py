@@ -400,7 +400,8 @@ class LmdbStore:
         self._budget.wake()
 
     def close(self) -> None:
-        """Do nothing: the environment stays open for other caches of this process, until it ends."""
+        """Close the environment, unless somebody is inside; whoever uses it next in this process opens it again."""
+        self._environment.close()
 
     @contextmanager
     def _turn(self, cancel: Callable[[], bool] | None) -> Iterator[None]:
