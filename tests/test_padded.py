@@ -309,9 +309,28 @@ def test_values_on_disk_are_as_long_as_their_rows(tmp_path):
     assert cache_of(module).stats().written_bytes < 1000
 
 
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_mask_of_what_is_padding_gives_no_wrong_result(pooled):
+    """As torch's own ``key_padding_mask``: True where nothing is."""
+    plain = Encoder()
+
+    def encode(ids, is_padding):
+        mask = (~is_padding).float()
+        states = plain(ids, mask)
+        return (states.pooled if pooled else states.hidden * mask[:, :, None]).nan_to_num()
+
+    cached = torchcache(padded={"ids": "is_padding"})(encode)
+    for numbers, width in (([1, 2, 3], 12), ([4, 2, 5], 12), ([1, 2, 3], 12)):
+        ids, mask = padded(numbers, width)
+        assert torch.allclose(cached(ids, mask == 0), encode(ids, mask == 0), atol=1e-6)
+    assert cache_of(cached).stats().hits == 0
+
+
 @pytest.mark.parametrize(
     ("mask", "named", "said"),
     [
+        (torch.tensor([[0.0, 0, 0, float("-inf")]] * 2), "mask", "must be 1 or True where a position is real"),
+        (torch.full((2, 4), float("nan")), "mask", "must be 1 or True where a position is real"),
         (torch.ones(2), "mask", "must have two dimensions"),
         (torch.ones(2, 1, 4), "mask", "must have two dimensions"),
         (torch.ones(2, 5), "ids", "its mask has 5 positions"),

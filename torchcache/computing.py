@@ -276,14 +276,17 @@ class Computer:
             self._condemn(call)
             return "rows_depend_on_batch"
         results, other_results = results.following(followed), other_results.following(followed)
-        if self._options().check_rows and other_results.spans.length(0) == results.spans.length(row):
-            parts, _ = results.take_apart(
-                tree, len(results.spans.starts), self._options().cache_dtype, self._tiers.known
-            )
-            (again,), _ = other_results.take_apart(other, 1, self._options().cache_dtype, self._tiers.known)
-            tensors = [*call.batch.tensors, *self._identity.parameters(), *tree.leaves]
+        if self._options().check_rows:
+            how = self._options().cache_dtype, self._tiers.known
+            parts, _ = results.take_apart(tree, len(results.spans.starts), *how)
+            (again,), _ = other_results.take_apart(other, 1, *how)
+            if other_results.spans.length(0) < results.spans.length(row):
+                return results  # one that was cut shows what follows the length, and no more
             apart = self._distance(call, again, row, parts)
-            if apart is not None and apart > tolerance(tensors, self._options().cache_dtype):
+            if apart is None:  # all zeros, as where a mask says what is padding, not what is real
+                return "other_length_failed"
+            tensors = [*call.batch.tensors, *self._identity.parameters(), *tree.leaves]
+            if apart > tolerance(tensors, self._options().cache_dtype):
                 self._condemn(call)
                 return "rows_depend_on_batch"
         self._followed[form] = followed

@@ -49,6 +49,12 @@ class Spans:
                 "two dimensions, the batch and the length; pass the plain mask, and make other forms of it inside",
                 argument=mask.name,
             )
+        if not (mask.tensor >= 0).all():
+            raise UncacheableError(
+                f"argument {mask.name!r} has values below zero or none at all, and a mask that padded names must be 1 "
+                "or True where a position is real, else 0 or False; pass that one, and make others of it inside",
+                argument=mask.name,
+            )
         is_real = to_numpy(mask.tensor.movedim(mask.batch_dim, 0) != 0)
         n, width = is_real.shape
         if not width:

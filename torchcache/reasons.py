@@ -25,8 +25,9 @@ REMEDIES = {
     "the model that treats each row alone, or set check_rows=False if the difference is meant; where padded is set, "
     "the model must take its mask into account",
     "other_batch_failed": "the call failed with some of its rows and succeeded with all of them; it is tried again",
-    "other_length_failed": "a row could not be computed with another padding, so it is not known what of its result "
-    "follows the length; it is tried again",
+    "other_length_failed": "a row could not be computed with another padding, or nothing came of it but zeros, so it "
+    "is not known what of its result follows the length; it is tried again. The mask must say what is real, not what "
+    "is padding",
     "one_sample_at_a_time": "the module takes one sample at a time only; it is cached from now on",
     "random_numbers": "random numbers were drawn while the call ran, so its result may not be a function of its input",
     "state_changes_at_every_call": "weights or plain attributes change at every call; it is cached again when they "

@@ -12,7 +12,7 @@ import msgpack
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_digest
 
@@ -388,6 +388,7 @@ wild_layouts = st.builds(
 
 
 @given(layout=wild_layouts)
+@example(layout=Layout((Leaf("uint8", "uint8", (0, 0)),), bytes(65_490)))  # a header of one byte too many
 @settings(max_examples=400, deadline=None)
 def test_what_is_not_refused_is_read_again_and_the_rest_would_not_be(layout):
     refusal = refusal_of(layout)

@@ -196,7 +196,7 @@ def length_of(record: bytes | memoryview) -> int | None:
     if len(record) < _LAYOUT_FROM or record[: len(_PREFIX)] != _PREFIX or record[_SIZE.start] != _SIZE_MARK:
         return None
     try:
-        header = _unpacker(memoryview(record)[1:])  # behind the array mark lie seven objects
+        header = _unpacker(memoryview(record)[1:MAX_HEADER_BYTES])  # behind the array mark lie seven objects
         for _ in range(7):
             header.skip()
     except (ValueError, msgpack.exceptions.UnpackException):
