@@ -51,6 +51,15 @@ def run_python(code, **environment):
     )
 
 
+def let_nobody_write(patch):
+    """Let rows stay in the queue: no writer starts, and one of an earlier test is gone."""
+    patch.setattr(writer, "_start", lambda: None)
+    thread = writer._thread
+    if thread is not None:
+        thread.join(10)
+        assert not thread.is_alive()
+
+
 def test_flush_all_commits_what_every_cache_of_the_process_accepted(tmp_path, monkeypatch):
     def make(k):
         @torchcache(persistent=True, persistent_cache_dir=tmp_path / str(k))
@@ -62,7 +71,7 @@ def test_flush_all_commits_what_every_cache_of_the_process_accepted(tmp_path, mo
     functions = [make(k) for k in (2, 3)]
     assert flush_all()
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_start", lambda: None)  # nobody writes
+        let_nobody_write(patch)
         for function in functions:
             function(batch(4))
         assert [cache_of(f).stats().queued_rows for f in functions] == [4, 4]
@@ -76,7 +85,7 @@ def test_flush_all_says_if_the_time_was_too_short(cache_dir, monkeypatch):
     def function(x):
         return x + 1
 
-    monkeypatch.setattr(writer, "_start", lambda: None)
+    let_nobody_write(monkeypatch)
     function(batch(4))
     assert not flush_all(0)
     assert flush_all(5)
@@ -131,7 +140,7 @@ def test_rows_that_wait_to_be_written_answer_as_queue_hits(cache_dir, monkeypatc
         return x + 1
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "_start", lambda: None)  # nobody writes
+        let_nobody_write(patch)
         function(batch())
         assert torch.equal(function(batch()), batch() + 1)
         stats = cache_of(function).stats()
