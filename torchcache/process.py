@@ -19,6 +19,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found] # what signal is made of, without its enums: a tenth of the time
 import _thread
 import atexit
 import contextlib
@@ -264,6 +265,13 @@ def _give_fork_turn_back() -> None:
             _fork_turn.release()
 
 
+#: Those that interrupt most come first: until they are held, what their handlers raise is lost in the hook.
+_SIGNALS = sorted(
+    map(int, signal.Signals),
+    key=lambda number: number not in (signal.SIGINT, signal.SIGALRM, signal.SIGTERM, signal.SIGCHLD),
+)
+
+
 class _HeldSignals:
     """Puts signals off whose handlers in Python could raise in the middle of a hook.
 
@@ -271,18 +279,21 @@ class _HeldSignals:
     """
 
     def __init__(self) -> None:
-        self._handlers: dict[signal.Signals, Any] = {}
-        self._came: list[signal.Signals] = []
+        self._handlers: dict[int, Any] = {}
+        self._came: list[int] = []
 
     def hold(self) -> None:
         """Put them off from now on, if this is the thread in which handlers run and can be set."""
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in signal.Signals:
-            handler = signal.getsignal(number)
+        for number in _SIGNALS:
+            handler = _signal.getsignal(number)
             if callable(handler) and number not in self._handlers:
                 self._handlers[number] = handler
-                signal.signal(number, lambda came, _: self._came.append(signal.Signals(came)))
+                _signal.signal(number, self._note)
+
+    def _note(self, came: int, _: object) -> None:
+        self._came.append(came)
 
     def let_go(self, *, is_parent: bool) -> None:
         """Handle them as before; what came meanwhile comes now, to the process that was meant.
@@ -296,7 +307,7 @@ class _HeldSignals:
                 break
             number, handler = next(iter(self._handlers.items()))
             try:
-                signal.signal(number, handler)
+                _signal.signal(number, handler)
                 self._handlers.pop(number, None)
             except BaseException:  # noqa: BLE001 - one that is back may raise already; it comes again, as all others
                 self._came.append(number)
@@ -306,10 +317,10 @@ class _HeldSignals:
                 _thread.start_new_thread(_raise_soon, (number,))
 
 
-def _raise_soon(number: signal.Signals) -> None:
+def _raise_soon(number: int) -> None:
     """Let a signal come to the main thread when it has left the hook, where an exception would be lost."""
     time.sleep(0.001)
-    _thread.interrupt_main(number)
+    _thread.interrupt_main(signal.Signals(number))
 
 
 _held_signals = _HeldSignals()

@@ -11,6 +11,7 @@ import resource
 import shutil
 import sqlite3
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -654,3 +655,17 @@ def use_under_a_limit(root, limit, value):
 def wake(store) -> None:
     """Let a store that found its budget full ask again now and not in ten seconds."""
     store._budget._resting_until = 0.0
+
+
+def test_a_handle_that_somebody_else_is_giving_up_is_waited_for(root):
+    store = open_store(root)
+    put(store, digests_of(range(5)))
+    store.close()
+    held = lmdb.open(str(store.path), readonly=True, max_dbs=0)
+    closing = threading.Timer(0.02, held.close)
+    closing.start()
+    try:
+        assert hits_of(store, digests_of(range(5))) == set(range(5))
+    finally:
+        closing.join()
+        held.close()

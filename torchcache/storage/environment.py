@@ -39,6 +39,10 @@ FORMAT_KEY = b"a format"
 _LEAST_MAP_BYTES = 64 << 30
 _SMALLEST_MAP_BYTES = 64 << 20
 _RETRY_SECONDS = 1.0
+
+#: So often an environment is opened that is still open in this process, so far apart.
+_MOST_OPENINGS = 5
+_OPENING_SECONDS = 0.01
 _INODE_CHECK_SECONDS = 1.0
 #: A damaged environment gets this suffix; one such is kept.
 _SET_ASIDE = "damaged"
@@ -363,7 +367,9 @@ class Environment:
 
     def _open_env(self, path: str, readers: int, *, is_read_only: bool = False) -> lmdb.Environment:
         map_bytes = max(self._map_bytes, _file_bytes(self.path / "data.mdb") * 2)
+        tries = 0
         while True:
+            tries += 1
             try:
                 return lmdb.open(
                     path,
@@ -383,6 +389,11 @@ class Environment:
                 map_bytes //= 2  # an address space limit; the budget still has to fit twice
                 if map_bytes < max(2 * self._budget, _SMALLEST_MAP_BYTES):
                     raise
+            except lmdb.Error as error:
+                # An interrupted opening leaves a handle in the frames of its exception, until that was handled.
+                if "already open" not in str(error) or tries >= _MOST_OPENINGS:
+                    raise
+                time.sleep(_OPENING_SECONDS)
 
     def _check(self, env: lmdb.Environment) -> None:
         last_byte = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
