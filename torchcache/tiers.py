@@ -89,7 +89,10 @@ class Tiers:
     def look_up(self, call: CachedCall) -> tuple[list[Found], list[int]]:
         """Ask memory, the write queue and the disk in turn; what the disk gives goes to memory too."""
         digests = call.digests
-        found, missing = self.fetch("memory", call, range(len(digests)))
+        found: list[Found] = []
+        missing = [*range(len(digests))]
+        if self._memory is not None:
+            found, missing = self.fetch("memory", call, missing)
         for tier in ("queue", "store"):
             if not missing or call.source is None:
                 break
@@ -125,13 +128,14 @@ class Tiers:
         except Exception as error:  # noqa: BLE001 - no fault of a tier leaves a cached call
             self._notices.error(error, 0)
             return [], list(positions)
+        if not found:
+            return [], list(positions)
         is_known = call.batch.results.is_known
         unknown = [item for item in found if not is_known(item.layout, self.known)]
         if unknown:
             found = [item for item in found if is_known(item.layout, self.known)]
             missing = sorted([*missing, *(p for item in unknown for p in item.positions)])
-        if found:
-            self._notices.counters.add(**{f"{tier}_hits": len(wanted) - len(missing)})
+        self._notices.counters.add(**{f"{tier}_hits": len(wanted) - len(missing)})
         if len(positions) == call.batch.n:
             return found, list(missing)
         return (
