@@ -177,6 +177,10 @@ class PaddedResults(Results):
         self.spans = spans
         self.followed = followed
 
+    def at(self, spans: Spans) -> PaddedResults:
+        """Return the same for rows that lie elsewhere."""
+        return PaddedResults(self._batch_dim, spans)
+
     def following(self, followed: Sequence[Sequence[int]]) -> PaddedResults:
         """Return the same for results whose leaves follow the length in these dimensions."""
         return PaddedResults(self._batch_dim, self.spans, followed)

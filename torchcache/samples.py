@@ -146,7 +146,7 @@ class CallSignature:
             replace(a, leaves=[_padded(leaf, spans) if leaf.name in named else leaf for leaf in a.leaves])
             for a in arguments
         ]
-        return PaddedBatch(args, kwargs, padded, plain, self._batch_dim, spans)
+        return PaddedBatch(args, kwargs, padded, plain, PaddedResults(self._batch_dim, spans))
 
     def _sort_argument(
         self, name: str, place: int | str, value: object, arguments: list[Argument], plain: dict[str, bytes]
@@ -346,20 +346,13 @@ class Batch:
 class PaddedBatch(Batch):
     """One call whose samples are sequences, padded to one length."""
 
-    __slots__ = ("_batch_dim", "spans")
+    __slots__ = ()
+    results: PaddedResults
 
-    def __init__(
-        self,
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        arguments: Sequence[Argument],
-        plain: Mapping[str, bytes],
-        batch_dim: int,
-        spans: Spans,
-    ) -> None:
-        super().__init__(args, kwargs, arguments, plain, PaddedResults(batch_dim, spans))
-        self._batch_dim = batch_dim
-        self.spans = spans
+    @property
+    def spans(self) -> Spans:
+        """Where the rows lie."""
+        return self.results.spans
 
     def bypass_reason(self) -> str | None:
         return super().bypass_reason() or ("fully_masked_row" if self.spans.are_empty_somewhere else None)
@@ -374,7 +367,7 @@ class PaddedBatch(Batch):
             if isinstance(leaf, PaddedTensors)
         ]
         spans = self.spans.select(positions, lengths[0] if lengths else None)
-        return args, kwargs, PaddedResults(self._batch_dim, spans)
+        return args, kwargs, self.results.at(spans)
 
     def alone(self, position: int, width: int) -> tuple[tuple[object, ...], dict[str, object], PaddedResults]:
         """Return the arguments of a call that has one sample only, padded or cut to ``width`` positions."""
@@ -383,7 +376,7 @@ class PaddedBatch(Batch):
             leaf.widen(row, width) if isinstance(leaf, PaddedTensors) else row
             for leaf, row in zip(self._leaves, rows, strict=True)
         ]
-        return (*self._with_leaves(rows), PaddedResults(self._batch_dim, self.spans.alone(position, width)))
+        return (*self._with_leaves(rows), self.results.at(self.spans.alone(position, width)))
 
 
 class Call(Batch):
