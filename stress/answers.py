@@ -20,12 +20,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from stress.programs import Answer, bytes_of, identity_of
+from stress.programs import Answer, bytes_of, commit_and_close, identity_of
 from stress.trees import Couple, Frame, FrozenInputs, Inputs, Pair, Rows, Sequences, Texts, build, choose_rows, parts_of
 from stress.trees import places as places_in
 from torchcache import Cache, cache_of, sample_keys, torchcache
-
-_FLUSH_SECONDS = 60.0
 
 #: The parameters that may be given by position.
 POSITIONAL = ("a", "b", "c")
@@ -384,7 +382,7 @@ class Answering:
         args, kwargs = form.call()
         if not self._is_cached:
             return Answer((), form.rows_of(self._called(*args, **kwargs)), ())
-        before = self.cache.stats().misses
+        before = self.cache.stats()
         with form.keys():
             result = self._called(*args, **kwargs)
             rows = form.rows_of(result)
@@ -392,11 +390,7 @@ class Answering:
                 _write_into(part)  # it is the caller's own: no later hit may show that
             with contextlib.redirect_stdout(io.StringIO()):
                 explained = self.cache.explain(*args, **kwargs)
-        stats = self.cache.stats()
-        keys = tuple(f"{explained.namespace} {sample.digest}" for sample in explained.samples)
-        trouble = {"bypasses": stats.bypasses, "faults": stats.faults, "dropped": stats.dropped_rows}
-        shown = ", ".join(f"{name} {dict(counts)}" for name, counts in trouble.items() if counts)
-        return Answer(keys, rows, tuple({"n": n} for n in RAN), stats.misses - before, shown)
+        return Answer.of_call(explained, rows, tuple({"n": n} for n in RAN), before, self.cache.stats())
 
     def close(self) -> None:
         """Commit what is to be stored, and let go of it.
@@ -404,9 +398,7 @@ class Answering:
         Raises:
             TimeoutError: If that takes too long.
         """
-        if not self.cache.flush(_FLUSH_SECONDS):
-            raise TimeoutError(f"the queue was not committed within {_FLUSH_SECONDS} s")
-        self.cache.close()
+        commit_and_close(self.cache)
 
 
 def _function_of(module: nn.Module) -> Any:  # noqa: ANN401 - a function of any arguments

@@ -9,14 +9,12 @@ The seed and the number of a case make the case; most run in this process, some 
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 
 from stress.answers import Answering
 from stress.form_kinds import KINDS, Case, deal
 from stress.interpreters import HASH_SEEDS, Interpreters, Task
-from stress.pairs import Outcome, Pairs
+from stress.pairs import Outcome, Pairs, in_a_directory
 from stress.programs import Answer
 
 
@@ -28,13 +26,8 @@ def judge(case: Case, parent: Path | None, interpreters: Interpreters | None) ->
         parent: Where a directory for its cache can be made, if it needs one.
         interpreters: Where it runs if it needs another process.
     """
-    if case.how in ("live", "fresh"):
-        return _compare(case, *_answer(case, None, interpreters))
-    directory = Path(tempfile.mkdtemp(prefix="case-", dir=parent))
-    try:
-        return _compare(case, *_answer(case, directory / "cache", interpreters))
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    answers = in_a_directory(case.how, parent, lambda directory: _answer(case, directory, interpreters))
+    return _compare(case, *answers)
 
 
 def _answer(case: Case, directory: Path | None, interpreters: Interpreters | None) -> tuple[Answer, Answer]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from stress.interpreters import HASH_SEEDS, Interpreters, Task
 from stress.kinds import Case
-from stress.pairs import Outcome
+from stress.pairs import Outcome, in_a_directory
 from stress.programs import Answer, Running, Side, identify
 
 
@@ -22,15 +20,8 @@ def judge(case: Case, parent: Path | None, interpreters: Interpreters | None) ->
         parent: Where a directory for its cache can be made, if it needs one.
         interpreters: Where it runs if it needs another process.
     """
-    if case.how in ("live", "fresh"):
-        first, second = _answer(case, None, interpreters)
-    else:
-        directory = Path(tempfile.mkdtemp(prefix="case-", dir=parent))
-        try:
-            first, second = _answer(case, directory / "cache", interpreters)
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-    return _compare(case, first, second)
+    answers = in_a_directory(case.how, parent, lambda directory: _answer(case, directory, interpreters))
+    return _compare(case, *answers)
 
 
 def _answer(case: Case, directory: Path | None, interpreters: Interpreters | None) -> tuple[Answer, Answer]:

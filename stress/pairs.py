@@ -6,23 +6,38 @@ import collections
 import contextlib
 import json
 import shlex
+import shutil
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from stress.interpreters import Interpreters, prepare
 from stress.members import Members
 from stress.values import ViolationError
 from stress.verdict import Run, Tally
 
+T = TypeVar("T")
+
 CASES = 20_000
 
 _MOST_VIOLATIONS = 20
 _END_SECONDS = 120.0  # a case that waits for another interpreter, and the ends of all of these
+
+
+def in_a_directory(how: str, parent: Path | None, ask: Callable[[Path | None], T]) -> T:
+    """Ask for the answers of a case with a directory for its caches, which is made where it needs one and removed."""
+    if how in ("live", "fresh"):
+        return ask(None)
+    directory = Path(tempfile.mkdtemp(prefix="case-", dir=parent))
+    try:
+        return ask(directory / "cache")
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from torchcache import Cache, cache_of, torchcache
+from torchcache import Cache, CacheStats, Explanation, cache_of, torchcache
 
 _FLUSH_SECONDS = 60.0
 _JOIN_SECONDS = 60.0
@@ -121,6 +121,32 @@ class Answer:
     misses: int = 0
     trouble: str = ""
 
+    @classmethod
+    def of_call(
+        cls,
+        explained: Explanation,
+        rows: tuple[bytes, ...],
+        forwarded: tuple[Mapping[str, Any], ...],
+        before: CacheStats,
+        after: CacheStats,
+    ) -> Answer:
+        """Return what a call gave that a cache was asked for."""
+        keys = tuple(f"{explained.namespace} {sample.digest}" for sample in explained.samples)
+        trouble = {"bypasses": after.bypasses, "faults": after.faults, "dropped": after.dropped_rows}
+        shown = ", ".join(f"{name} {dict(counts)}" for name, counts in trouble.items() if counts)
+        return cls(keys, rows, forwarded, after.misses - before.misses, shown)
+
+
+def commit_and_close(cache: Cache) -> None:
+    """Commit what is to be stored, and let go of it.
+
+    Raises:
+        TimeoutError: If that takes too long.
+    """
+    if not cache.flush(_FLUSH_SECONDS):
+        raise TimeoutError(f"the queue was not committed within {_FLUSH_SECONDS} s")
+    cache.close()
+
 
 class Running:
     """A program that runs in this process.
@@ -177,11 +203,7 @@ class Running:
                 tensor.fill_(77)  # it is the caller's own: no later hit may show that
             with contextlib.redirect_stdout(io.StringIO()):
                 explained = self.cache.explain(*side.args, **side.kwargs)
-        stats = self.cache.stats()
-        keys = tuple(f"{explained.namespace} {sample.digest}" for sample in explained.samples)
-        trouble = {"bypasses": stats.bypasses, "faults": stats.faults, "dropped": stats.dropped_rows}
-        shown = ", ".join(f"{name} {dict(counts)}" for name, counts in trouble.items() if counts)
-        return Answer(keys, rows, forwarded, stats.misses - before.misses, shown)
+        return Answer.of_call(explained, rows, forwarded, before, self.cache.stats())
 
     def close(self) -> None:
         """Commit what is to be stored, and let go of it.
@@ -189,9 +211,7 @@ class Running:
         Raises:
             TimeoutError: If that takes too long.
         """
-        if not self.cache.flush(_FLUSH_SECONDS):
-            raise TimeoutError(f"the queue was not committed within {_FLUSH_SECONDS} s")
-        self.cache.close()
+        commit_and_close(self.cache)
 
 
 def _leave(target: object) -> object:

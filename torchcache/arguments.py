@@ -41,7 +41,10 @@ class Tensors:
         return f"tensor {self.name}", f"{self.tensor.dtype} {row_shape}".encode()
 
     def digests(self, n: int) -> list[bytes]:
-        return digest_rows(flat_bytes(self.tensor.movedim(self.batch_dim, 0) if self.batch_dim else self.tensor), n)
+        return digest_rows(flat_bytes(self._batch_first()), n)
+
+    def _batch_first(self) -> torch.Tensor:
+        return self.tensor.movedim(self.batch_dim, 0) if self.batch_dim else self.tensor
 
     def digest(self, position: int) -> bytes:
         """Return the digest of one row."""

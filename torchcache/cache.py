@@ -27,7 +27,7 @@ from torchcache.errors import (
 from torchcache.explanation import Explanation, SampleExplanation
 from torchcache.identity import FixedIdentity, Function, Identity, Look, Target
 from torchcache.keys.code import unwrap
-from torchcache.keys.digest import combine, digest_parts
+from torchcache.keys.digest import digest_parts
 from torchcache.keys.ranks import is_in_a_job
 from torchcache.notices import Notices
 from torchcache.options import CacheOptions
@@ -221,7 +221,7 @@ class Cache:
             namespace, keys=keys, landings=self._computer.flights.landings,
         )  # fmt: skip
         try:
-            call.digests = batch.digests(signature) if call.keys is None else combine(signature, [[*call.keys]])
+            call.digests = batch.digests(signature, call.keys)
             if call.keys is not None and not self._keys_agree(call):
                 return self._go_around("sample_key_of_other_inputs", call)
             found, missing = self._tiers.look_up(call) if options.looks_up else ([], [*range(batch.n)])
@@ -319,9 +319,7 @@ class Cache:
         namespace = self._namespace_of(look, batch.form(signature))
         reason = reason or self._verdict_against(namespace)
         keys = current_keys(batch.n) if batch.is_divisible else None
-        digests = [] if batch.bypass_reason() else batch.digests(signature)
-        if keys is not None:
-            digests = combine(signature, [[*keys]])
+        digests = [] if batch.bypass_reason() else batch.digests(signature, keys)
         places = ["nowhere"] * len(digests)
         if reason is None and digests:
             places = self._tiers.places(look, namespace, digests)

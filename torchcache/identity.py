@@ -195,12 +195,8 @@ class Identity:
 
     def _named_parts(self) -> list[tuple[str, bytes]]:
         """Return what enters the module hash beside the code."""
-        named = self._options().persistent_module_hash
-        if named:
-            return [("persistent_module_hash", named.encode())]
         arguments = self._own_name if self._target.arguments is None else self._target.arguments
-        options = [(f"option {name}", value.encode()) for name, value in self._options().key_parts()]
-        return [("record format", str(FORMAT_VERSION).encode()), ("construction arguments", arguments), *options]
+        return _named_parts(self._options(), ("construction arguments", arguments))
 
     def _identify(self) -> str:
         """Walk the code, and tell the tracker what to look at."""
@@ -260,11 +256,20 @@ class Identity:
         warn_once((self._target.name, kind), "%s: %s", self._target.name, message)
 
 
+def _named_parts(options: CacheOptions, *more: tuple[str, bytes]) -> list[tuple[str, bytes]]:
+    """Return what enters the module hash beside code and state; a name of the user's own stands for all of it."""
+    named = options.persistent_module_hash
+    if named:
+        return [("persistent_module_hash", named.encode())]
+    shaping = [(f"option {name}", value.encode()) for name, value in options.key_parts()]
+    return [("record format", str(FORMAT_VERSION).encode()), *more, *shaping]
+
+
 class FixedIdentity:
     """What was found out once about a target, and the mode.
 
-    For state that is too large to be compared at every call, or not there before the first miss. Found out at
-    first use, and again after ``refresh``. Safe from any thread; ``find`` runs under a lock.
+    For state that is too large to be compared at every call, such as a dataset's. Found out at first use, and again
+    after ``refresh``. Safe from any thread; ``find`` runs under a lock.
 
     Args:
         name: What to call the target in the log.
@@ -352,7 +357,10 @@ class FixedIdentity:
     def describe(self) -> Iterator[tuple[str, bytes]]:
         """Yield each part of module hash and namespace with its digest."""
         with self._lock.raw:
-            parts = [*self._found().parts, *((name, digest_parts([value])) for name, value in self._named_parts())]
+            parts = [
+                *self._found().parts,
+                *((name, digest_parts([value])) for name, value in _named_parts(self._options())),
+            ]
         yield from parts
         yield "mode", digest_parts([repr(current_mode()).encode()])
 
@@ -365,20 +373,17 @@ class FixedIdentity:
         if self._findings is None:
             named = self._options().persistent_module_hash
             findings = Findings(()) if named else self._find()
-            parts = [part for name, value in (*findings.parts, *self._named_parts()) for part in (name.encode(), value)]
+            parts = [
+                part
+                for name, value in (*findings.parts, *_named_parts(self._options()))
+                for part in (name.encode(), value)
+            ]
             self._module_hash = named or digest_parts(parts).hex()
             self._findings = findings
             logger.info("module hash of %s: %s", self._name, self._module_hash)
             if findings.unnamed and self._is_first:
                 self._say_unnamed(*findings.unnamed[0])
         return self._findings
-
-    def _named_parts(self) -> list[tuple[str, bytes]]:
-        named = self._options().persistent_module_hash
-        if named:
-            return [("persistent_module_hash", named.encode())]
-        options = [(f"option {name}", value.encode()) for name, value in self._options().key_parts()]
-        return [("record format", str(FORMAT_VERSION).encode()), *options]
 
     # -- saying -----------------------------------------------------------------------------------------------------
 

@@ -254,9 +254,9 @@ def columns(data: Bytes2D | torch.Tensor, start: int, end: int) -> Bytes2D | tor
     """Copy some bytes of each row: a leaf that lay between others could not be viewed as its dtype."""
     if isinstance(data, torch.Tensor):
         return data[:, start:end].clone(memory_format=torch.contiguous_format)
-    columns = empty_rows(data.shape[0], end - start)
-    np.copyto(columns, data[:, start:end])
-    return columns
+    part = empty_rows(data.shape[0], end - start)
+    np.copyto(part, data[:, start:end])
+    return part
 
 
 def put_leaf(leaf: Leaf, data: Bytes2D | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -126,7 +126,7 @@ class PaddedTensors(Tensors):
         return f"padded {self.name}", f"{self.tensor.dtype} {tuple(shape)}".encode()
 
     def digests(self, n: int) -> list[bytes]:
-        data = flat_bytes(self._batch_first(self.tensor))
+        data = flat_bytes(self._batch_first())
         item = len(data) // max(1, n * self.spans.width)
         row = self.spans.width * item
         places = enumerate(zip(self.spans.starts, self.spans.ends, strict=True))
@@ -155,9 +155,6 @@ class PaddedTensors(Tensors):
 
     def _narrow(self, rows: torch.Tensor, start: int, length: int) -> torch.Tensor:
         return rows.narrow(self.length_dim, start, length)
-
-    def _batch_first(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.movedim(self.batch_dim, 0) if self.batch_dim else tensor
 
 
 class PaddedResults(Results):

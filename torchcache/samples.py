@@ -302,9 +302,9 @@ class Batch:
         """Return what tells namespaces of one state apart: whether rows depend on their batch is a matter of both."""
         return signature
 
-    def digests(self, signature: bytes) -> list[bytes]:
-        """Return the 16-byte digest of each sample, in order."""
-        return combine(signature, [leaf.digests(self.n) for leaf in self._leaves])
+    def digests(self, signature: bytes, keys: Sequence[bytes] | None = None) -> list[bytes]:
+        """Return the 16-byte digest of each sample, in order; ``keys`` of the user's own stand for the inputs."""
+        return combine(signature, [leaf.digests(self.n) for leaf in self._leaves] if keys is None else [[*keys]])
 
     def digest(self, position: int) -> bytes:
         """Return the digest of one sample's inputs."""
@@ -397,7 +397,7 @@ class Call(Batch):
     def form(self, signature: bytes) -> bytes:  # noqa: ARG002 - as of Batch
         return b"call"
 
-    def digests(self, signature: bytes) -> list[bytes]:
+    def digests(self, signature: bytes, keys: Sequence[bytes] | None = None) -> list[bytes]:  # noqa: ARG002 - as of Batch
         return [signature]
 
     def select(
