@@ -1,7 +1,5 @@
 # Each target does all of its own set-up; it needs git, make and a Python with venv.
 PYTHON ?= python3
-# One place names the torch we test with.
-TORCH := $(shell grep -o 'torch==[0-9.]*' tox.ini)
 TOX := build/tools/bin/tox
 # Before check, whose closing line is the one to look at.
 TORCHLESS := torchless-py310,torchless-py312,torchless-py313
@@ -11,10 +9,10 @@ TORCHLESS := torchless-py310,torchless-py312,torchless-py313
 test: build/tools/.stamp
 	$(TOX) run -e $(TORCHLESS),check
 
+# make demo ARGS="..." and make bench ARGS="..." hand their arguments on.
 demo: build/demo/.stamp
-	build/demo/bin/python examples/train_head.py --cache-dir build/demo-cache
+	build/demo/bin/python examples/train_head.py --cache-dir build/demo-cache $(ARGS)
 
-# make bench ARGS="..." hands its arguments on.
 bench: build/tools/.stamp
 	$(TOX) run -e bench -- $(ARGS)
 
@@ -29,9 +27,11 @@ build/tools/.stamp: tox.ini
 	build/tools/bin/python -m pip install --quiet "tox>=4.30"
 	touch $@
 
-# torch first, so that no other requirement chooses its version. Editable: it follows the sources.
-build/demo/.stamp: tox.ini pyproject.toml
+# pip first: 21.3 is the first with editable installations that need no setup.py, and Python 3.10.0 brings 21.2.
+# Then torch, so that no other requirement chooses its version. Editable: it follows the sources.
+build/demo/.stamp: requirements-tested.txt pyproject.toml
 	$(PYTHON) -m venv --clear build/demo
-	build/demo/bin/python -m pip install --quiet "$(TORCH)"
+	build/demo/bin/python -m pip install --quiet "pip>=21.3"
+	build/demo/bin/python -m pip install --quiet --requirement requirements-tested.txt
 	build/demo/bin/python -m pip install --quiet --editable ".[examples]"
 	touch $@

