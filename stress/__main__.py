@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     names = list(SUITES) if options.suite == "all" else [options.suite]
     if options.plant and not all(options.plant in SUITES[name].plants for name in names):
         parser.error(f"--plant {options.plant} is not known to the suite {options.suite}")
-    for option in ("cases", "case"):
+    for option in ("cases", "case", "only"):
         if getattr(options, option) is not None and not all(option in SUITES[name].takes for name in names):
             parser.error(f"--{option} means nothing to the suite {options.suite}")
     passed = sum(_run_suite(name, options, options.seconds / len(names)) for name in names)
@@ -57,6 +57,7 @@ def _run_suite(name: str, options: argparse.Namespace, seconds: float) -> bool:
         tally=suite.tally(),
         cases=options.cases,
         case=options.case,
+        only=options.only,
         plant=options.plant,
     )
     start = time.monotonic()
@@ -66,7 +67,8 @@ def _run_suite(name: str, options: argparse.Namespace, seconds: float) -> bool:
             suite.run(asked)
             if asked.case is None:
                 asked.tally.check_hits()
-            if asked.case is None and not asked.has_failed() and not asked.tally.is_proof():
+            is_part = asked.case is not None or asked.only is not None
+            if not is_part and not asked.has_failed() and not asked.tally.is_proof():
                 asked.note(ViolationError("idle", "nothing was checked, so nothing is proved"))
         except Exception as error:
             asked.note(error)
@@ -92,8 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--dir", type=Path, help="where directories are made; by default the temporary one")
     run.add_argument("--jobs", type=int, choices=range(1, 33), metavar="1..32", help="processes of a kind at a time")
-    run.add_argument("--cases", type=_count, help="end after so many cases (keys), or rows of each kind (rows)")
-    run.add_argument("--case", type=_number, help="run only the case of this number (keys)")
+    run.add_argument(
+        "--cases", type=_count, help="end after so many cases (keys, forms, state), or rows of each kind (rows)"
+    )
+    run.add_argument("--case", type=_number, help="run only the case of this number (keys, forms, state)")
+    run.add_argument("--only", help="run only kinds that have this in their names (keys, forms, state)")
     plants = sorted({plant for suite in SUITES.values() for plant in suite.plants})
     run.add_argument("--plant", choices=plants, help="do something wrong, which the suite has to find")
     return parser

@@ -21,7 +21,19 @@ from PIL import Image
 from torch import nn
 
 from stress.programs import Answer, bytes_of, commit_and_close, identity_of
-from stress.trees import Couple, Frame, FrozenInputs, Inputs, Pair, Rows, Sequences, Texts, build, choose_rows, parts_of
+from stress.trees import (
+    Couple,
+    Frame,
+    FrozenInputs,
+    Inputs,
+    Pair,
+    Rows,
+    Sequences,
+    Values,
+    build,
+    choose_rows,
+    parts_of,
+)
 from stress.trees import places as places_in
 from torchcache import Cache, cache_of, sample_keys, torchcache
 
@@ -85,8 +97,8 @@ def answer(asked: Answers, given: Mapping[str, Any], more: list[str]) -> Any:  #
         if asked.batch_dim is None or name in asked.unbatched or not isinstance(value, (torch.Tensor, list)):
             common.append((path, _identity(value)))
         elif isinstance(value, list) and value:
-            common.append((path, "texts"))
-            columns.append([repr(text).encode() for text in value])
+            common.append((path, "values"))
+            columns.append([repr(identity_of(item)).encode() for item in value])
         elif isinstance(value, torch.Tensor):
             rows = value.movedim(asked.batch_dim, 0)
             is_padded = path in asked.padded
@@ -153,7 +165,7 @@ def _identity(value: object) -> object:
         return "scalar", value.dtype.str, value.tobytes()
     if isinstance(value, Image.Image):
         return "image", value.mode, value.size, value.tobytes(), value.getpalette()
-    return ("texts", repr(value)) if isinstance(value, list) else identity_of(value)
+    return ("values", [identity_of(item) for item in value]) if isinstance(value, list) else identity_of(value)
 
 
 _Digest = bytes
@@ -326,7 +338,7 @@ def _size_of(leaf: object) -> int | None:
         return len(leaf.tensor)
     if isinstance(leaf, Sequences):
         return len(leaf.rows)
-    return len(leaf.texts) if isinstance(leaf, Texts) else None
+    return len(leaf.values) if isinstance(leaf, Values) else None
 
 
 #: Ways to give the keys of a batch; the last ones are for integers of 64 bits.

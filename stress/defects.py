@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from torchcache import arguments, padding
+import numpy as np
+
+from torchcache import arguments, call_results, padding
+from torchcache.changed_inputs import InputWatch
+from torchcache.draws import Draws
+from torchcache.keys import values, watched
+from torchcache.keys.attributes import attributes_of
 from torchcache.keys.digest import digest_rows
+from torchcache.keys.watched import Watched
 from torchcache.memory import MemoryTier
 from torchcache.samples import Batch
+from torchcache.shared_arguments import SharedArgument
 from torchcache.structure import Tree
 from torchcache.tensors import flat_bytes
 
@@ -77,8 +85,7 @@ def _padding_counts() -> None:
 
 def _no_unbatched() -> None:
     """Let the key not depend on what all samples share."""
-    true_encode = arguments.Argument.encode
-    arguments.Argument.encode = lambda self: b"" if self.is_shared else true_encode(self)  # type: ignore[method-assign]
+    SharedArgument.encode = lambda self: b""  # type: ignore[method-assign] # noqa: ARG005 - as the true one
 
 
 def _first_dimension() -> None:
@@ -97,8 +104,51 @@ def _keys_alone() -> None:
     Batch.form = lambda self, signature: b""  # type: ignore[method-assign] # noqa: ARG005 - as the true one
 
 
+def _attributes_for_all() -> None:
+    """Let the attributes of an object stand for all of it, whatever its class holds besides."""
+    values.adds_attributes_only = lambda cls, base=object: True  # type: ignore[attr-defined] # noqa: ARG005 - as the true one
+    values.find_registration = lambda cls: None  # type: ignore[attr-defined] # noqa: ARG005
+
+
+def _trusting() -> None:
+    """Let an object that has to be encoded to see whether it changed be looked at once."""
+    Watched.add_content = lambda *_: None  # type: ignore[method-assign]
+
+
+def _mask_blind() -> None:
+    """Let a masked array count by its data alone."""
+    values._KINDS = tuple(entry for entry in values._KINDS if entry[0] is not np.ma.MaskedArray)
+    values._NOTES_OF_MASKED_ARRAYS = frozenset()
+    values.attributes_of = lambda value: None if isinstance(value, np.ndarray) else attributes_of(value)  # type: ignore[attr-defined]
+
+
+def _first_share() -> None:
+    """Let large containers be compared as far as one look goes."""
+    watched._ContainersInTurn.have_moved = lambda self: False  # type: ignore[method-assign] # noqa: ARG005
+
+
+def _frozen_generators() -> None:
+    """Let what is drawn from generators in the state go unnoticed."""
+    true_init = Draws.__init__
+    Draws.__init__ = lambda self, generators: true_init(self, [])  # type: ignore[method-assign] # noqa: ARG005
+    values._is_seeded = lambda value: False  # noqa: ARG005
+
+
+def _plain_results() -> None:
+    """Let results be kept as what they are derived from."""
+    true_is_leaf = call_results._is_leaf
+    call_results._is_leaf = lambda value: isinstance(value, np.ndarray) or true_is_leaf(value)
+
+
+def _careless() -> None:
+    """Let what a call does to its arguments go unnoticed."""
+    InputWatch.changed = lambda self: ""  # type: ignore[method-assign] # noqa: ARG005
+
+
 DEFECTS: dict[str, Callable[[], None]] = {
     "blind": _blind, "restless": _restless, "short-sighted": _short_sighted, "wrong-value": _wrong_value,
     "no-containers": _no_containers, "padding-counts": _padding_counts, "no-unbatched": _no_unbatched,
-    "first-dimension": _first_dimension, "keys-alone": _keys_alone,
+    "first-dimension": _first_dimension, "keys-alone": _keys_alone, "attributes-for-all": _attributes_for_all,
+    "trusting": _trusting, "mask-blind": _mask_blind, "first-share": _first_share,
+    "frozen-generators": _frozen_generators, "plain-results": _plain_results, "careless": _careless,
 }  # fmt: skip

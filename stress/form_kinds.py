@@ -17,8 +17,8 @@ import torch
 
 from stress.answers import ID_FORMS, POSITIONAL, Answering, Form
 from stress.generator import DTYPES, random_tensor
-from stress.literals import PLAIN, of_another_type, of_another_value
-from stress.programs import identity_of, value_of
+from stress.literals import PLAIN, choose, of_another_type, of_another_value
+from stress.programs import identity_of, is_ambiguous, value_of
 from stress.trees import KINDS as CONTAINERS
 from stress.trees import (
     LIES,
@@ -26,7 +26,7 @@ from stress.trees import (
     Node,
     Rows,
     Sequences,
-    Texts,
+    Values,
     Whole,
     fits,
     from_raw,
@@ -63,6 +63,11 @@ class Case:
     first: Form
     second: Form
     right: tuple[tuple[bytes, ...], tuple[bytes, ...]]
+
+    @property
+    def differs(self) -> bool:
+        """Whether at least one sample of the second call must not share a key with the first call."""
+        return KINDS[self.kind].differs
 
     def identities(self) -> tuple[list[object], list[object]]:
         """Return what identifies each sample of both calls."""
@@ -153,24 +158,40 @@ def _is_plain(form: Form) -> bool:
         if isinstance(tree, Node) and not is_whole and not any(map(_is_batch, (leaf for _, leaf in places(tree)))):
             return False  # nothing in it tells where the batch lies
         for _, node in places(tree):
-            if isinstance(node, Node) and node.kind == "list" and all(map(_is_text, node.children)) and node.children:
-                return False  # a batch of texts
+            if not is_whole and (_is_batch_in_disguise(node) or _is_ambiguous(node, form.n)):
+                return False
             if isinstance(node, Rows) and form.batch_dim and node.tensor.dim() <= form.batch_dim:
                 return False
     leaves = [leaf for _, leaf in form.leaves()]
     return form.batch_dim is None or any(
-        isinstance(leaf, (Texts, Sequences)) or (isinstance(leaf, Rows) and leaf.tensor.dim() > 1) for leaf in leaves
+        isinstance(leaf, (Values, Sequences)) or (isinstance(leaf, Rows) and leaf.tensor.dim() > 1) for leaf in leaves
     )
 
 
 def _is_batch(leaf: object) -> bool:
-    return isinstance(leaf, (Rows, Sequences, Texts))
+    return isinstance(leaf, (Rows, Sequences, Values))
 
 
-def _is_text(tree: object) -> bool:
-    if isinstance(tree, Node) and tree.kind in ("tuple", "Pair", "Couple") and tree.children:
-        return all(isinstance(child, str) for child in tree.children)
-    return isinstance(tree, str)
+def _is_batch_in_disguise(node: object) -> bool:
+    """Tell whether a list in a call is a batch of plain values, or of lists, which is refused."""
+    if not isinstance(node, Node) or node.kind != "list" or not node.children:
+        return False
+    return all(map(_is_value, node.children)) or all(isinstance(child, Values) for child in node.children)
+
+
+def _is_value(tree: object) -> bool:
+    if isinstance(tree, Node):
+        return tree.kind in ("tuple", "Pair", "Couple") and all(map(_is_value, tree.children))
+    return _is_literal(tree)
+
+
+def _is_ambiguous(tree: object, n: int) -> bool:
+    """Tell whether plain values in a call may be one per sample: it goes around the cache then."""
+    if not isinstance(tree, Node):
+        return is_ambiguous(tree, n)
+    leaves = [leaf for _, leaf in places(tree)]
+    is_sequence = tree.kind in ("tuple", "list") and len(tree.children) == n and not any(map(_is_batch, leaves))
+    return is_sequence or is_ambiguous(tree.note, n)
 
 
 # -- calls ----------------------------------------------------------------------------------------------------------
@@ -209,15 +230,22 @@ class _Draft:
     def lie(self) -> str:
         return self.rng.choice((*LIES, "", "", ""))
 
-    def texts(self) -> Texts:
-        return Texts(tuple(self.text() for _ in range(self.n)))
+    def texts(self) -> Values:
+        return Values(tuple(self.text() for _ in range(self.n)))
+
+    def values(self) -> Values:
+        return Values(tuple(self.value() for _ in range(self.n)))
+
+    def value(self) -> Any:  # noqa: ANN401 - any plain value
+        return value_of(choose(self.rng, PLAIN)) if self.rng.random() < 0.8 else self.text()
 
     def text(self) -> object:
         words = self.rng.choices(_WORDS, k=self.rng.randint(1, 3))
         return words[0] if self.rng.random() < 0.6 else tuple(words)
 
-    def batch(self) -> Rows | Texts:
-        return self.texts() if self.rng.random() < 0.25 else self.rows()
+    def batch(self) -> Rows | Values:
+        choice = self.rng.random()
+        return self.texts() if choice < 0.15 else self.values() if choice < 0.25 else self.rows()
 
     def whole(self) -> Any:  # noqa: ANN401 - a tensor, an array or a number of NumPy's
         shape = self.rng.choice(_WHOLE_SHAPES)
@@ -453,11 +481,11 @@ def _reshape(form: Form, rng: random.Random) -> Form:
 
 def _exchange_rows(form: Form, rng: random.Random) -> Form:
     """Let the samples of one leaf come with other samples of the others: each text, say, with another image."""
-    spot, leaf = _choose(form, rng, lambda value: isinstance(value, (Rows, Texts)))
+    spot, leaf = _choose(form, rng, lambda value: isinstance(value, (Rows, Values)))
     if form.n < 2 or spot[0] in form.unbatched:
         raise _Unfit
-    if isinstance(leaf, Texts):
-        return _put(form, spot, Texts((*leaf.texts[1:], leaf.texts[0])))
+    if isinstance(leaf, Values):
+        return _put(form, spot, Values((*leaf.values[1:], leaf.values[0])))
     raw = np.roll(raw_of(leaf.tensor), 1, 0)
     return _put(form, spot, replace(leaf, tensor=from_raw(raw, leaf.tensor.dtype, leaf.tensor.shape[1:])))
 
@@ -493,13 +521,38 @@ def _number_as_array(form: Form, rng: random.Random) -> Changed:
 
 def _change_text(change: Callable[[Any, random.Random], Any]) -> Callable[[Form, random.Random], Form]:
     def changed(form: Form, rng: random.Random) -> Form:
-        spot, leaf = _choose(form, rng, lambda value: isinstance(value, Texts))
-        i = rng.randrange(len(leaf.texts))
-        texts = [*leaf.texts]
-        texts[i] = change(texts[i], rng)
-        return _put(form, spot, Texts(tuple(texts)))
+        spot, leaf = _choose(form, rng, lambda value: isinstance(value, Values))
+        texts = [i for i, value in enumerate(leaf.values) if _is_text(value)]
+        if not texts:
+            raise _Unfit
+        i = rng.choice(texts)
+        return _put(form, spot, _with_value(leaf, i, change(leaf.values[i], rng)))
 
     return changed
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) or (
+        isinstance(value, tuple) and bool(value) and all(isinstance(part, str) for part in value)
+    )
+
+
+def _with_value(leaf: Values, i: int, value: object) -> Values:
+    return Values((*leaf.values[:i], value, *leaf.values[i + 1 :]))
+
+
+def _change_value(other: Callable[..., str]) -> Callable[[Form, random.Random], Changed]:
+    """Let one sample have another plain value; the first one is a literal whose relatives are known."""
+
+    def change(form: Form, rng: random.Random) -> Changed:
+        spot, leaf = _choose(form, rng, lambda value: isinstance(value, Values))
+        i = rng.randrange(len(leaf.values))
+        literal = choose(rng, PLAIN)
+        second = other(rng, literal, PLAIN)
+        one, another = (_with_value(leaf, i, value_of(text)) for text in (literal, second))
+        return _put(form, spot, one), _put(form, spot, another)
+
+    return change
 
 
 def _another_text(text: Any, rng: random.Random) -> Any:  # noqa: ANN401 - str or tuple of str
@@ -521,7 +574,7 @@ def _split_text(text: Any, rng: random.Random) -> Any:  # noqa: ANN401 - as abov
 
 
 def _is_literal(value: object) -> bool:
-    return not isinstance(value, (Node, Rows, Whole, Sequences, Texts, np.ndarray))
+    return not isinstance(value, (Node, Rows, Whole, Sequences, Values, np.ndarray))
 
 
 def _change_plain(other: Callable[..., str]) -> Callable[[Form, random.Random], Changed]:
@@ -871,9 +924,12 @@ KINDS: dict[str, Kind] = {
     "leaf: rows paired otherwise": _differs(_exchange_rows, "rows", "padded"),
     "leaf: array or tensor": _differs(_pass_as((Whole, np.ndarray)), "rows", "whole"),
     "leaf: number, array or tensor": _differs(_number_as_array, "rows", "whole"),
-    # Texts.
+    # Values.
     "text: changed": _differs(_change_text(_another_text), *_UNKEYED),
     "text: joined or split otherwise": _differs(_change_text(_split_text), *_UNKEYED),
+    # Lists with one plain value per sample.
+    "value: another type": _differs(_change_value(of_another_type), "rows", "padded"),
+    "value: another value": _differs(_change_value(of_another_value), "rows", "padded"),
     # Plain values, alone or beside tensors.
     "plain: another type": _differs(_change_plain(of_another_type)),
     "plain: another value": _differs(_change_plain(of_another_value)),

@@ -43,7 +43,7 @@ _TASKS_OF_A_SPAWNED = 10
 class Started(Protocol):
     """What was started with a cache of its own."""
 
-    def call(self, side: Any, /) -> Answer:  # noqa: ANN401 - what it was started from
+    def call(self, side: Any, /) -> Any:  # noqa: ANN401 - what it was started from, and what its suite compares
         """Make the call of a side."""
         ...
 

@@ -11,7 +11,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Protocol, TypeVar
@@ -59,11 +59,6 @@ class Kind(Protocol):
     """One way to differ or to be the same."""
 
     @property
-    def differs(self) -> bool:
-        """Whether at least one sample of the second call must not share a key with the first call."""
-        ...
-
-    @property
     def share(self) -> int:
         """How often it is dealt, beside the others."""
         ...
@@ -75,6 +70,11 @@ class Case(Protocol):
     @property
     def how(self) -> str:
         """How, or in which process, the second one runs."""
+        ...
+
+    @property
+    def differs(self) -> bool:
+        """Whether at least one sample of the second call must not share a key with the first call."""
         ...
 
     def shown(self) -> str:
@@ -127,18 +127,37 @@ class Pairs:
         kinds: What cases there are, by name.
         deal: Makes a case of a kind.
         judge: Carries out a case and says what was wrong.
+        cases: How many there are, unless the caller says.
+        counted_as: Under which name the cases of a kind are counted.
     """
 
     kinds: Mapping[str, Kind]
     deal: Callable[[str, Random], Any]  # a Case
     judge: Callable[[Any, Path | None, Interpreters | None], Outcome]
+    cases: int = CASES
+    counted_as: Callable[[str], str] = str
 
     def tally(self) -> PairTally:
         """Return a tally that is still empty."""
-        return PairTally(kinds=dict.fromkeys(self.kinds, 0))
+        return PairTally(kinds=dict.fromkeys(map(self.counted_as, self.kinds), 0))
 
     def run(self, asked: Run[PairTally]) -> None:
-        """Let ``jobs`` processes share the cases, until there were enough, the time is over, or much is violated."""
+        """Let ``jobs`` processes share the cases, until there were enough, the time is over, or much is violated.
+
+        Raises:
+            ViolationError: If no kind has a name with what was asked for.
+        """
+        if asked.only is None:
+            self._run(asked)
+            return
+        kinds = {name: kind for name, kind in self.kinds.items() if asked.only in name}
+        if not kinds:
+            raise ViolationError("idle", f"no kind of the suite {asked.suite} has {asked.only!r} in its name")
+        chosen = replace(self, kinds=kinds, cases=len(kinds))
+        asked.tally.kinds = chosen.tally().kinds
+        chosen._run(asked)
+
+    def _run(self, asked: Run[PairTally]) -> None:
         tally = asked.tally
         prepare(asked.plant)
         if asked.case is not None:
@@ -146,7 +165,7 @@ class Pairs:
             self._try_all(asked, [asked.case], time.monotonic() + asked.seconds)
             return
         deadline = time.monotonic() + asked.seconds
-        cases = range(asked.cases or CASES)
+        cases = range(asked.cases or self.cases)
         with contextlib.closing(Members(asked, asked.seconds + _END_SECONDS)) as members:
             running = [members.start(self._work, asked, i, cases[i :: asked.jobs], deadline) for i in range(asked.jobs)]
             for pid in running:
@@ -193,12 +212,11 @@ class Pairs:
         except Exception as error:
             wrongs = [("raised", "".join(traceback.format_exception(error)))]
         tally.cases += 1
-        tally.kinds[name] = tally.kinds.get(name, 0) + 1
-        if self.kinds[name].differs:
-            tally.differences += 1
-        else:
-            tally.samenesses += 1
+        counted_as = self.counted_as(name)
+        tally.kinds[counted_as] = tally.kinds.get(counted_as, 0) + 1
         if case is not None:
+            tally.differences += case.differs
+            tally.samenesses += not case.differs
             tally.ways[case.how] = tally.ways.get(case.how, 0) + 1
         counts = collections.Counter(kind for kind, _ in wrongs)
         tally.wrong_results += counts["wrong"]
@@ -218,6 +236,7 @@ def _keep(asked: Run[PairTally], number: int, name: str, case: Case | None, wron
     if case is not None:
         path.write_text(f"{name}, {case.how}\n\n{case.shown()}", "utf-8", "backslashreplace")
     again = f"python -m stress run --suite {asked.suite} --seed {asked.seed} --case {number}"
+    again += f" --only {shlex.quote(asked.only)}" if asked.only else ""
     again += f" --plant {shlex.quote(asked.plant)}" if asked.plant else ""
     said = "; ".join(dict.fromkeys(text for _, text in wrongs))
     asked.note(ViolationError(wrongs[0][0], f"{name} ({case.how if case else 'not dealt'}): {said}; again: {again}"))

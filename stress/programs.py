@@ -307,6 +307,11 @@ def identity_of(value: object) -> object:
     return type(value).__name__, repr(value)
 
 
+def is_ambiguous(value: object, n: int) -> bool:
+    """Tell whether a plain argument may be one value per sample of a batch: the call goes around the cache then."""
+    return isinstance(value, tuple) and (len(value) == n or any(is_ambiguous(item, n) for item in value))
+
+
 def bytes_of(tensor: torch.Tensor) -> list[bytes]:
     """Return the bytes of each row."""
     if not tensor.numel():

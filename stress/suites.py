@@ -18,7 +18,7 @@ class Suite:
         name: Of the module.
         jobs: How many processes of a kind work at a time, unless the caller says.
         plants: The defects that it can be given, to see that it finds them.
-        takes: Which of the options "cases" and "case" mean something to it.
+        takes: Which of the options "cases", "case" and "only" mean something to it.
     """
 
     name: str
@@ -44,6 +44,10 @@ class Suite:
 
 _STORE_PLANTS = ("wrong-value", "lost-record", "over-budget")
 _FORM_PLANTS = ("wrong-value", "no-containers", "padding-counts", "no-unbatched", "first-dimension", "keys-alone")
+_VALUE_PLANTS = (
+    "attributes-for-all", "trusting", "mask-blind", "first-share", "frozen-generators", "plain-results", "careless",
+)  # fmt: skip
+_CASES = ("cases", "case", "only")
 
 SUITES = {
     suite.name: suite
@@ -53,8 +57,9 @@ SUITES = {
         Suite("fork", jobs=2, plants=(*_STORE_PLANTS, "open-handle")),
         Suite("loader", jobs=2, plants=("lost-record", "wrong-value")),
         Suite("ranks", jobs=1, plants=("lost-record", "wrong-value")),
-        Suite("keys", jobs=2, plants=("blind", "restless", "short-sighted", "wrong-value"), takes=("cases", "case")),
-        Suite("forms", jobs=2, plants=_FORM_PLANTS, takes=("cases", "case")),
+        Suite("keys", jobs=2, plants=("blind", "restless", "short-sighted", "wrong-value"), takes=_CASES),
+        Suite("forms", jobs=2, plants=_FORM_PLANTS, takes=_CASES),
+        Suite("state", jobs=2, plants=_VALUE_PLANTS, takes=_CASES),
         Suite("rows", jobs=1, plants=("short-sighted", "wrong-value"), takes=("cases",)),
     )
 }

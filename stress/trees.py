@@ -1,6 +1,6 @@
 """Arguments of a call as trees: containers and what lies in them, from which the same call can be built again.
 
-A tree is a ``Node``, a leaf (``Rows``, ``Sequences``, ``Texts``, ``Whole``, a NumPy array) or a plain value. What is
+A tree is a ``Node``, a leaf (``Rows``, ``Sequences``, ``Values``, ``Whole``, a NumPy array) or a plain value. What is
 built from it shares nothing with what was built from it before.
 """
 
@@ -10,6 +10,7 @@ import dataclasses
 from collections import OrderedDict, UserDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,10 +98,10 @@ class Sequences:
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
-    """One ``str``, or one tuple of ``str``, a sample."""
+class Values:
+    """One plain value per sample, such as a ``str`` or a tuple of ``str``: a list."""
 
-    texts: tuple[Any, ...]
+    values: tuple[Any, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,8 +153,8 @@ def build(tree: object, batch_dim: int, frame: Frame | None) -> Any:  # noqa: AN
         return _pad(tree, frame).movedim(0, batch_dim).contiguous()
     if isinstance(tree, Whole):
         return lay(tree.tensor, tree.lie)
-    if isinstance(tree, Texts):
-        return list(tree.texts)
+    if isinstance(tree, Values):
+        return list(tree.values)
     return tree.copy(order="K") if isinstance(tree, np.ndarray) else tree
 
 
@@ -233,8 +234,8 @@ def choose_rows(tree: object, positions: Sequence[int]) -> Any:  # noqa: ANN401 
         return replace(tree, tensor=from_raw(raw[list(positions)], tree.tensor.dtype, tree.tensor.shape[1:]))
     if isinstance(tree, Sequences):
         return replace(tree, rows=tuple(tree.rows[p] for p in positions))
-    if isinstance(tree, Texts):
-        return Texts(tuple(tree.texts[p] for p in positions))
+    if isinstance(tree, Values):
+        return Values(tuple(tree.values[p] for p in positions))
     return tree
 
 
@@ -259,7 +260,7 @@ def from_raw(raw: np.ndarray[Any, Any], dtype: torch.dtype, row_shape: Sequence[
 def parts_of(value: Any, path: str) -> Iterator[tuple[str, Any]]:  # noqa: ANN401 - any argument
     """Yield what an argument or a result is made of, each with its place.
 
-    A container says what it is and how its parts are called; what lies in it comes next. A list of texts is one part.
+    A container says what it is and how its parts are called; its parts come next. A list of plain values is one part.
     """
     kind = type(value).__qualname__
     if isinstance(value, (dict, UserDict)):
@@ -271,7 +272,7 @@ def parts_of(value: Any, path: str) -> Iterator[tuple[str, Any]]:  # noqa: ANN40
         yield path, (kind, *names)
         for name in names:
             yield from parts_of(getattr(value, name), f"{path}.{name}")
-    elif isinstance(value, (tuple, list)) and not _are_texts(value):
+    elif isinstance(value, (tuple, list)) and not _are_values(value):
         names = [f".{name}" for name in getattr(value, "_fields", ())] or [f"[{i}]" for i in range(len(value))]
         yield path, (kind, *names)
         for name, child in zip(names, value, strict=True):
@@ -280,11 +281,15 @@ def parts_of(value: Any, path: str) -> Iterator[tuple[str, Any]]:  # noqa: ANN40
         yield path, value
 
 
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(map(_is_text, value))
+def _are_values(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(is_plain, value))
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) or (
-        isinstance(value, tuple) and bool(value) and all(isinstance(part, str) for part in value)
-    )
+def is_plain(value: object) -> bool:
+    """Tell whether a value that was built is plain."""
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return all(map(is_plain, value))
+    return isinstance(value, _PLAIN) or value is None
+
+
+_PLAIN = (int, float, complex, str, bytes, slice, Enum, torch.dtype, torch.device)

@@ -129,6 +129,7 @@ class Run(Generic[_TallyT]):
         tally: What is counted.
         cases: How many cases at most, of a suite that has cases; None for as many as it thinks are enough.
         case: The number of the only case to run, or None.
+        only: What the names of the kinds have in them of which there are cases; None for all kinds.
         plant: One of the suite's plants, or none.
     """
 
@@ -140,6 +141,7 @@ class Run(Generic[_TallyT]):
     tally: _TallyT
     cases: int | None = None
     case: int | None = None
+    only: str | None = None
     plant: str | None = None
 
     def rng(self, *place: object) -> random.Random:
@@ -152,7 +154,9 @@ class Run(Generic[_TallyT]):
         words = f"python -m stress run --suite {self.suite} --seconds {self.seconds:g} --seed {self.seed}"
         words += f" --jobs {self.jobs}"
         words += "".join(
-            f" --{name} {value}" for name, value in (("cases", self.cases), ("case", self.case)) if value is not None
+            f" --{name} {shlex.quote(str(value))}"
+            for name, value in (("cases", self.cases), ("case", self.case), ("only", self.only))
+            if value is not None
         )
         return words + (f" --plant {shlex.quote(self.plant)}" if self.plant else "")
 
