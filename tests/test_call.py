@@ -1506,13 +1506,11 @@ def test_batch_sizes_that_differ_are_refused():
 @pytest.mark.parametrize(
     "value",
     [
-        [1, 2],
         {"a": 1},
         object(),
         [torch.rand(4, 2), object()],
         (torch.rand(4, 2), [{1}]),
         {1},
-        np.zeros(3),
         lambda x: x,
         bytearray(b"1"),
     ],
@@ -1698,14 +1696,11 @@ def test_a_global_that_the_forward_only_reads_counts(monkeypatch):
 
 
 class Unreadable:
-    """Has neither a name nor attributes, and fails when asked."""
+    """Fails when it is asked for its attributes."""
 
-    __slots__ = ()
-
-    def __repr__(self):
+    @property
+    def __dict__(self):
         raise OSError("gone")
-
-    __reduce_ex__ = __repr__
 
 
 def test_an_attribute_that_cannot_be_read_turns_the_cache_off_and_breaks_nothing():

@@ -20,7 +20,7 @@ from stress.form_kinds import FORMS, KINDS, deal, right_rows, write
 from stress.forms import judge
 from stress.interpreters import Interpreters
 from stress.trees import KINDS as CONTAINERS
-from stress.trees import Frame, Node, Rows, Sequences, Texts, Whole, has_keys
+from stress.trees import Frame, Node, Rows, Sequences, Values, Whole, has_keys
 
 HERE = [name for name, kind in KINDS.items() if set(kind.where) <= {"live", "fresh", "stored"}]
 ELSEWHERE = [name for name in KINDS if name not in HERE]
@@ -75,7 +75,7 @@ def test_all_forms_are_written():
     forms = [write(random.Random(seed), form) for form in FORMS for seed in range(100)]
     leaves = [leaf for form in forms for _, leaf in form.leaves()]
     assert {leaf.kind for leaf in leaves if isinstance(leaf, Node)} == set(CONTAINERS)
-    assert {Rows, Sequences, Texts, Whole, np.ndarray, int, float, str, bool} <= set(map(type, leaves))
+    assert {Rows, Sequences, Values, Whole, np.ndarray, int, float, str, bool} <= set(map(type, leaves))
     assert {form.batch_dim for form in forms} == {0, 1, None}
     assert {form.ids_form for form in forms if form.ids} == set(ID_FORMS)
     assert any(form.unbatched for form in forms)
@@ -93,9 +93,9 @@ def test_what_is_right_tells_samples_apart_without_the_library():
     different = [
         {"a": Rows(x), "c": True}, {"a": Rows(x), "d": 1}, {"a": Rows(x.double()), "c": 1}, {"a": Rows(-x), "c": 1},
         {"a": Rows(x.view(2, 3, 1)), "c": 1}, {"a": Node("tuple", (Rows(x),)), "c": 1},
-        {"a": Texts(("a", "b")), "c": 1},
+        {"a": Values(("a", "b")), "c": 1},
         *({"a": Node(kind, (Rows(x), 1), ("a", "b") if has_keys(kind) else ()), "c": 1} for kind in CONTAINERS),
-        {"a": Node("dict", (1, Rows(x)), ("b", "a")), "c": 1}, {"a": Texts((("a",), ("b",))), "c": 1},
+        {"a": Node("dict", (1, Rows(x)), ("b", "a")), "c": 1}, {"a": Values((("a",), ("b",))), "c": 1},
     ]  # fmt: skip
     seen = {a, b}
     for args in different:

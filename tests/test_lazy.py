@@ -331,7 +331,9 @@ def test_an_error_of_the_factory_is_the_caller_s():
             module(batch())
 
 
-@pytest.mark.parametrize("factory", [nn.Linear(1, 1), "minilm", None, [].copy, functools.partial(Encoder, object())])
+@pytest.mark.parametrize(
+    "factory", [nn.Linear(1, 1), "minilm", None, [].copy, functools.partial(Encoder, (i for i in ()))]
+)
 def test_what_is_no_factory_is_refused(factory):
     with pytest.raises(ConfigError, match=r"lazy") as refused:
         lazy(factory)

@@ -6,7 +6,9 @@ import collections
 import functools
 import logging
 import os
+import queue
 import random
+import textwrap
 import threading
 import types
 import warnings
@@ -19,8 +21,8 @@ from torch.nn.modules import module as torch_module
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchcache import cache_of, disabled, torchcache
-from torchcache.keys import state
+from torchcache import ConfigError, cache_of, disabled, torchcache
+from torchcache.keys import watched, weights
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 
@@ -174,6 +176,37 @@ CASES = {
         "functools.reduce(lambda y, f: f(y), d.values(), x)", "a = d.pop('a'); d['a'] = a",
         "d = nn.ModuleDict({'a': nn.Tanh(), 'b': nn.Softplus()})",
     ),
+    "a conjugate in place of a tensor": (
+        "x * held[0].imag.sum()", "held[0] = held[0].conj()", "held = [torch.ones(2, dtype=torch.cfloat) * 1j]",
+    ),
+    "a negative in place of a tensor": (
+        "x * held[0].sum()", "held[0] = torch._neg_view(held[0])", "held = [torch.ones(2)]",
+    ),
+    "an attribute of a list": ("x * held.k", "held.k = 3", "class L(list): pass\nheld = L([1]); held.k = 2"),
+    "an attribute of a str that is equal": (
+        "x * net.name.k", "s = S('a'); s.k = 5; net.name = s",
+        "class S(str): pass\nnet = types.SimpleNamespace(name=S('a')); net.name.k = 2",
+    ),
+    "what a bound method of C belongs to": ("x * get('a')", "get.__self__['a'] = 5", "get = {'a': 2}.get"),
+    "an attribute of a module made by hand": (
+        "x * made.k", "made.k = 5", "made = types.ModuleType('made'); made.k = 2",
+    ),
+    "an attribute of a partial": (
+        "x * part.k", "part.k = 5", "part = functools.partial(int); part.k = 2",
+    ),
+    "what lies forty objects deep": (
+        "x * functools.reduce(lambda v, _: v.a, range(40), far)",
+        "functools.reduce(lambda v, _: v.a, range(39), far).a = 5",
+        "far = functools.reduce(lambda v, _: types.SimpleNamespace(a=v), range(40), 2)",
+    ),
+    "a column of a DataFrame": (
+        "x * float(table['a'].iloc[0])", "table.loc[0, 'a'] = 5.0",
+        "import pandas\ntable = pandas.DataFrame({'a': [2.0]})",
+    ),
+    "a mask": ("x * float(masked.sum())", "masked.mask[0] = True", "masked = np.ma.masked_array([1.0, 2.0], [0, 0])"),
+    "the order of keys in a graph of a library": (
+        "x * list(graph.data)[0]", "graph.data = {2: 1, 1: 1}", "graph = collections.UserDict({1: 1, 2: 1})",
+    ),
     "a note on a tensor": ("x * w * w.scale", "w.scale = 3", "w = torch.ones(8); w.scale = 2"),
     "an environment variable": (
         "x * int(os.environ.get('TORCHCACHE_TEST_SCALE', '1'))", "os.environ['TORCHCACHE_TEST_SCALE'] = '3'",
@@ -185,7 +218,8 @@ CASES = {
 def dictionaries(request, monkeypatch):
     """Compare with and without the interpreter's help."""
     if not request.param:
-        monkeypatch.setattr(state, "versions_of", lambda _: None)
+        monkeypatch.setattr(watched, "versions_of", lambda _: None)
+        monkeypatch.setattr(watched, "IS_SUPPORTED", False)
 
 
 @pytest.mark.usefixtures("dictionaries")
@@ -257,7 +291,7 @@ def test_a_change_of_a_module_is_noticed(change):
 
 @pytest.mark.parametrize("change", [transposed, cut])
 def test_without_the_guards_of_torch_the_form_of_weights_is_compared_too(change, monkeypatch):
-    monkeypatch.setattr(state, "_guards_work", lambda: False)
+    monkeypatch.setattr(weights, "_guards_work", lambda: False)
     net = frozen_net(nn.Linear(8, 8), nn.ReLU())
     check(net, lambda: change(net))
 
@@ -583,28 +617,68 @@ class Holds(nn.Module):
         return x * 2
 
 
-def test_state_without_a_stable_name_is_good_for_this_process_and_named(cache_dir, caplog):
-    module = torchcache(persistent=True, persistent_cache_dir=cache_dir)(Holds(Handle()))
-    module(X)
-    module(X)
-    cache = cache_of(module)
-    assert cache.stats().memory_hits == 4
-    assert not cache.cache_dir.is_relative_to(cache_dir)
-    assert sum("handle" in line and "Handle" in line and "this process only" in line for line in caplog.messages) == 1
-    twin = torchcache(persistent=True, persistent_cache_dir=cache_dir)(Holds(Handle()))
-    twin(X)
-    assert cache_of(twin).stats().misses == 4
-    cache.close()
-    cache_of(twin).close()
+@pytest.mark.parametrize(
+    "make",
+    [lambda: (i for i in range(3)), lambda: open(__file__), queue.SimpleQueue, lambda: [{"in": map(str, iter(gen()))}]],  # noqa: PTH123, SIM115
+    ids=["generator", "open file", "queue in C", "generator deep inside"],
+)
+def test_state_that_cannot_be_seen_goes_around_the_cache_and_is_named_once(make, caplog):
+    handle = make()
+    module = torchcache()(Holds(handle))
+    for _ in range(3):
+        assert torch.equal(module(X), X * 2)
+    assert cache_of(module).stats().bypasses == {"opaque_state": 3}
+    (line,) = caplog.messages
+    assert "handle" in line
+    assert all(remedy in line for remedy in ("register_value", "ignore=", "persistent_module_hash"))
+    if hasattr(handle, "close"):
+        handle.close()
 
 
-def test_locks_loggers_and_files_are_no_state(cache_dir, caplog):
-    held = [threading.Lock(), logging.getLogger("x"), threading.Event(), open(os.devnull)]  # noqa: PTH123, SIM115
-    for handle in held:
-        module = torchcache(persistent=True, persistent_cache_dir=cache_dir)(Holds(handle))
+def gen():
+    yield 1
+
+
+@pytest.mark.parametrize("ignore", [("handle",), ("cfg.out",), ("OPEN",)])
+def test_what_is_ignored_neither_counts_nor_keeps_a_call_from_the_cache(ignore):
+    text = textwrap.dedent(
+        """
+        OPEN = None
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.handle, self.cfg = None, types.SimpleNamespace(out=None, scale=2.0)
+            def forward(self, x):
+                assert OPEN is not self, (self.handle, self.cfg.out)
+                return x * self.cfg.scale
+        """
+    )
+    names = program(text)
+    module = torchcache(ignore=ignore)(names["Net"]())
+    where = {"handle": vars(module), "cfg.out": vars(module.cfg), "OPEN": names}[ignore[0]]
+    key = ignore[0].rpartition(".")[2]
+    for value in (gen(), 1, "other", gen()):
+        where[key] = value
         module(X)
-        assert cache_of(module).cache_dir.is_relative_to(cache_dir)
-        cache_of(module).close()
+    stats = cache_of(module).stats()
+    assert (stats.misses, stats.memory_hits, dict(stats.bypasses)) == (4, 12, {})
+    module.cfg.scale = 3.0
+    assert torch.equal(module(X), X * 3)
+
+
+def test_a_name_to_ignore_that_is_not_there_raises_at_the_first_call():
+    module = torchcache(ignore=("handel",))(Holds(1))
+    with pytest.raises(ConfigError, match=r"ignore names 'handel'.*did you mean 'handle'"):
+        module(X)
+
+
+def test_locks_loggers_and_what_is_written_to_are_no_state(caplog):
+    held = [threading.Lock(), logging.getLogger("x"), threading.Event(), open(os.devnull, "w")]  # noqa: PTH123, SIM115
+    for handle in held:
+        module = torchcache()(Holds(handle))
+        module(X)
+        module(X)
+        assert cache_of(module).stats().memory_hits == 4
     held[-1].close()
     assert not caplog.messages
 

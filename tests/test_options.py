@@ -35,6 +35,7 @@ OTHER = {
     "version": "2",
     "batch_dim": 1,
     "unbatched": ("x",),
+    "ignore": ("step",),
     "padded": {"x": "x"},
     "eviction": "none",
     "min_free_disk": "5GB",
@@ -123,7 +124,7 @@ def test_exactly_the_options_that_shape_the_key_change_the_module_hash(name):
 
 def test_what_is_stored_otherwise_shapes_the_key():
     shaping = {f.name for f in fields(CacheOptions) if f.metadata["shapes_key"]}
-    assert shaping == {"batch_dim", "cache_dtype", "padded", "zstd_compression", "version"}
+    assert shaping == {"batch_dim", "cache_dtype", "ignore", "padded", "zstd_compression", "version"}
 
 
 # -- names ----------

@@ -413,7 +413,11 @@ def test_a_leaf_without_plain_rows_is_named():
     assert unsupported_leaf(flatten({"a": plain, "b": [plain.to_sparse()]})) == "sparse_tensor"
     assert unsupported_leaf(flatten((object(), plain.as_subclass(Tagged)))) == "tensor_subclass"
     assert unsupported_leaf(flatten(plain.to("meta"))) == "meta_tensor"
-    assert unsupported_leaf(flatten([torch.nn.Parameter(plain), plain, None])) is None
+    assert unsupported_leaf(flatten([plain, torch.nn.Parameter(plain)])) == "parameter_as_result"
+    noted = plain.clone()
+    noted.unit = "km"
+    assert unsupported_leaf(flatten([plain, noted])) == "attributes_of_result"
+    assert unsupported_leaf(flatten([plain, None])) is None
     assert unsupported_leaf(flatten(object())) is None
 
 

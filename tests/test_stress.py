@@ -78,10 +78,10 @@ def test_a_suite_finds_what_was_planted_and_says_how_to_see_it_again(suite, plan
 
 
 def test_every_kind_of_case_gets_its_turn(tmp_path):
-    status, lines = stress("run", "--suite", "keys", "--seconds", 90, "--cases", 100, "--seed", 1, "--dir", tmp_path)
+    status, lines = stress("run", "--suite", "keys", "--seconds", 90, "--cases", 500, "--seed", 1, "--dir", tmp_path)
     verdict = json.loads(lines[0])
     assert status == 0, "\n".join(lines)
-    assert verdict["cases"] == 100
+    assert verdict["cases"] == 500
     assert min(verdict["kinds"].values()) > 0
     assert {"live", "fresh", "stored", "process", "fork", "inherited", "forkserver", "spawn"} == set(verdict["ways"])
     assert verdict["hits"] == verdict["expected"] > 30
@@ -90,11 +90,12 @@ def test_every_kind_of_case_gets_its_turn(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("suite", "plant", "kind", "cases"), [("keys", "blind", "shared", 80), ("forms", "no-containers", "wrong", 47)]
+    ("suite", "plant", "kind", "cases"),
+    [("keys", "blind", "shared", ("--only", "dtype")), ("forms", "no-containers", "wrong", ("--cases", 47))],
 )
 def test_a_key_that_is_wrong_is_found_and_the_case_can_be_seen_again(suite, plant, kind, cases, tmp_path):
     words = ("--seed", 1, "--dir", tmp_path, "--jobs", 1, "--plant", plant)
-    status, lines = stress("run", "--suite", suite, "--seconds", 90, "--cases", cases, *words)
+    status, lines = stress("run", "--suite", suite, "--seconds", 90, *cases, *words)
     assert status == 1
     assert json.loads(lines[0])["violations"] > 0
     said = next(line for line in lines if line.startswith(f"{kind}: "))
@@ -179,7 +180,17 @@ def test_rows_with_values_of_others_are_found(plant, tmp_path):
 def test_the_suites_are_listed_without_torch():
     status, lines = stress("list")
     assert status == 0
-    assert [line.split()[0] for line in lines] == ["crowd", "kill", "fork", "loader", "ranks", "keys", "forms", "rows"]
+    assert [line.split()[0] for line in lines] == [
+        "crowd",
+        "kill",
+        "fork",
+        "loader",
+        "ranks",
+        "keys",
+        "forms",
+        "state",
+        "rows",
+    ]
     assert all(len(line.split()) > 5 for line in lines)
     program = "import sys, stress.__main__; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0

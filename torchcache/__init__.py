@@ -18,6 +18,7 @@ from torchcache.errors import (
     UncacheableError,
 )
 from torchcache.explanation import Explanation, SampleExplanation
+from torchcache.keys.registry import register_value
 from torchcache.log import configure_from_environment, set_logger_config
 from torchcache.stats import CacheStats
 
@@ -52,6 +53,7 @@ __all__ = [
     "disabled",
     "flush_all",
     "lazy",
+    "register_value",
     "sample_keys",
     "set_logger_config",
     "torchcache",

@@ -199,7 +199,7 @@ class Cache:
             raise
         reason = batch.bypass_reason()
         if reason:
-            return self._bypass(reason, function, args, kwargs, rows=batch.n)
+            return self._bypass(reason, function, args, kwargs, rows=batch.n, evidence=batch.evidence)
         look = self._look()
         reason = look.reason or self._grad_reason()
         if reason:

@@ -28,11 +28,15 @@ import torch
 from torchcache import outputs, structure
 from torchcache.errors import CorruptRecordError, UncacheableError
 from torchcache.keys.digest import digest_bytes
+from torchcache.keys.plain import encode_plain
 from torchcache.layout import Bytes2D, Found, Layout, Leaf, empty_rows
 from torchcache.results import Results
 from torchcache.structure import KnownClasses, Tree
 
 (_TENSOR, _ARRAY, _SCALAR, _IMAGE, _LARGE_INT, _COMPLEX) = range(6)
+
+#: Kinds of NumPy dtypes whose items are bytes: bool, numbers, dates, strings of one length.
+_KINDS = frozenset("?biufcmMSU")
 
 _AS_THEY_ARE = (bool, float, str, bytes)
 _CPU = torch.device("cpu")
@@ -108,9 +112,11 @@ class CallResults(Results):
 
 
 def _is_leaf(value: object) -> bool:
+    # Of arrays and scalars just those that come back as they are: a class derived from them may hold more.
     return (
-        isinstance(value, (torch.Tensor, np.ndarray, np.generic))
-        or type(value) in (int, complex, *_AS_THEY_ARE)
+        isinstance(value, torch.Tensor)
+        or type(value) in (np.ndarray, int, complex, *_AS_THEY_ARE)
+        or (isinstance(value, np.generic) and encode_plain(value) is not None)
         or _is_image(value)
     )
 
@@ -144,10 +150,10 @@ def _entry(value: Any, path: str, tensors: list[torch.Tensor]) -> object:  # noq
 def _array_entry(
     array: np.ndarray[Any, Any], path: str, tensors: list[torch.Tensor], *, is_scalar: bool
 ) -> list[object]:
-    if array.dtype.hasobject or array.dtype.names is not None:
+    if array.dtype.kind not in _KINDS or array.dtype.metadata is not None:
         raise UncacheableError(
-            f"the cached call returned an array of {array.dtype} at {path}, whose items are not plain numbers; return "
-            "arrays of numbers, or lists of plain values"
+            f"the cached call returned an array of {array.dtype} at {path}, whose items are not plain numbers or "
+            "strings of one length; return arrays of these, or lists of plain values"
         )
     if is_scalar:
         return [_SCALAR, array.dtype.str, array.tobytes()]

@@ -11,6 +11,8 @@ from functools import partial
 import numpy as np
 import torch
 
+from torchcache.changed_inputs import InputWatch
+from torchcache.draws import Draws
 from torchcache.errors import CorruptRecordError, UncacheableError
 from torchcache.flights import Flight, Flights
 from torchcache.identity import FixedIdentity, Identity
@@ -161,7 +163,8 @@ class Computer:
             found: The values that are cached.
         """
         n = len(own)
-        random_before, talks_before = _random_state(), collectives_done()
+        talks_before = collectives_done()
+        draws = Draws([*self._identity.generators(), *call.batch.generators])
         # Code that the walk does not see may talk to other ranks, and they forward all rows of a call. So does the
         # first computed call of a namespace in a job, until one shows that it is computed alone.
         is_trial = bool(talks_before) and not self._verdicts.is_alone(call.namespace)
@@ -173,6 +176,7 @@ class Computer:
         is_as_given = witness is None and (is_trial or len(positions) == call.batch.n == n)
         args, kwargs, results = call.args, call.kwargs, call.batch.results
         failure: Exception | None = None
+        changed = ""
         output: object = None
         try:
             if not is_as_given:
@@ -182,20 +186,24 @@ class Computer:
                 keys = [keys[p] for p in positions]
                 if witness is not None and witness.row is not None:
                     keys.append(witness.key or b"")
+            watch = InputWatch(call.batch, args, kwargs)
             with torch.no_grad(), keys_in_force(keys):
                 output = call.function(*args, **kwargs)
+            changed = watch.changed()
         except Exception as error:
             if is_as_given:
                 raise
             failure = error
         if failure is not None:
             return self._without_extras(call, own, doubted, found, failure)
+        if changed:
+            are_own = is_as_given or not call.batch.is_divisible
+            return self._answer_changed(call, changed, output, are_own=are_own)
         effect = None
-        if _random_state() != random_before:
+        if draws.are_there():
             effect = "random_numbers"
         elif collectives_done() != talks_before:
             effect = "collectives"  # by code that the walk does not see, such as a library's
-        self._verdicts.note_effect(call.namespace, effect)
         tree = results.flatten(output)
         kind = unsupported_leaf(tree)
         if kind is not None:
@@ -211,10 +219,16 @@ class Computer:
         except (MemoryError, torch.OutOfMemoryError):
             return self._give_back("out_of_memory", call, output if is_as_given else None)
         except UncacheableError as error:
+            if not call.batch.is_divisible:
+                self._notices.bypass("unsupported_result", call.batch.n, str(error))
+                return _Answer(output)
             if is_as_given:
                 raise
             return self._without_extras(call, own, doubted, found, error)
         self._tiers.devices = results.devices(tree)
+        if effect == "random_numbers" and self._holds_whatever_is_drawn(call, draws, parts):
+            effect = None
+        self._verdicts.note_effect(call.namespace, effect)
         if effect:
             self._notices.bypass(effect, 0)
         elif is_trial:
@@ -253,6 +267,25 @@ class Computer:
             # What is kept is the queue's and other threads' as well; the caller gets bytes of its own.
             computed = [Found(item.positions, item.layout, item.data.copy()) for item in computed]
         return _Computed([*computed, *found_again], [] if reason else rows, whole)
+
+    def _holds_whatever_is_drawn(self, call: CachedCall, draws: Draws, parts: Sequence[Found]) -> bool:
+        """Tell whether a call that is one sample comes to the same result with the lowest and the highest draws.
+
+        So it does where a library draws a number to decide on what is decided: a transform of probability 1.
+        """
+        if call.batch.is_divisible or not draws.can_be_tried():
+            return False
+        (first,) = parts
+        try:
+            for _ in draws.tries():
+                with torch.no_grad():
+                    tree = call.batch.results.flatten(call.function(*call.args, **call.kwargs))
+                (again,), _ = call.batch.results.take_apart(tree, 1, self._options().cache_dtype, self._tiers.known)
+                if again.layout != first.layout or not np.array_equal(again.data, first.data):
+                    return False
+        except Exception:  # noqa: BLE001 - whatever it raises at unlikely numbers: they matter
+            return False
+        return True
 
     def _follow_length(
         self, call: CachedCall, positions: Sequence[int], tree: Tree, results: PaddedResults
@@ -328,6 +361,20 @@ class Computer:
             return _Answer(self.go_around(reason, call))
         self._notices.bypass(reason, call.batch.n)
         return _Answer(output)
+
+    def _answer_changed(self, call: CachedCall, argument: str, output: object, *, are_own: bool) -> _Answer:
+        """Answer a call that changed an argument as if there were no cache, and let all like it go around it.
+
+        Args:
+            call: The call.
+            argument: The name of what it changed.
+            output: What came of the arguments that were forwarded.
+            are_own: Whether these were the caller's own. If not, the call is computed once more, with those.
+        """
+        self._tiers.forget_namespace(call)
+        self._verdicts.note_changed_input(call.namespace)
+        self._notices.bypass("input_changed_in_place", call.batch.n, f"argument {argument!r}")
+        return _Answer(output if are_own else call.function(*call.args, **call.kwargs))
 
     def _answer_whole(self, call: CachedCall, failure: Exception) -> _Answer:
         """Compute the call as the caller made it, after another composition of its rows failed.
@@ -523,13 +570,3 @@ def _without(item: Found, positions: set[int]) -> Found | None:
     if len(kept) == len(item.positions):
         return item
     return Found([item.positions[i] for i in kept], item.layout, item.data[kept]) if kept else None
-
-
-def _random_state() -> tuple[object, ...]:
-    """Return something that differs if random numbers were drawn from a global generator meanwhile."""
-    states: list[object] = [torch.default_generator.get_state().numpy().tobytes(), random.getstate()]
-    kind, keys, position, *rest = np.random.get_state()  # noqa: NPY002 - the global generator is what is asked about
-    states += [kind, bytes(np.asarray(keys)), position, *rest]
-    if torch.cuda.is_initialized():
-        states += [g.get_state().numpy().tobytes() for g in torch.cuda.default_generators]
-    return tuple(states)

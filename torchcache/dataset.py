@@ -16,10 +16,11 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 from torchcache import process
 from torchcache.cache import Cache, is_disabled
 from torchcache.errors import ConfigError, SampleError, UncacheableError
-from torchcache.identity import FixedIdentity, Target
-from torchcache.keys.objects import Findings, ObjectState, find_out, look_at_state
+from torchcache.identity import FixedIdentity, Target, unknown_name
+from torchcache.keys.objects import Findings, ObjectState, UnknownNamesError, find_out, look_at_state
 from torchcache.log import warn_once
 from torchcache.options import CacheOptions, OptionArguments
+from torchcache.reasons import RANDOM_CODE
 from torchcache.stats import CacheStats
 from torchcache.storage import temporary
 
@@ -30,8 +31,6 @@ T = TypeVar("T")
 
 Version = str | int | bytes | float | None
 Transform = Callable[[Any], Any]
-#: What a started process is told: the state that was found out, and what stands for what has no stable name.
-Travelled = tuple[ObjectState | None, bytes]
 
 #: Options that mean something for batches, or for modules, and why they mean nothing here.
 _REFUSED = {
@@ -46,6 +45,9 @@ _REFUSED = {
 _REMEDIES = {
     "random_numbers": "random numbers were drawn while a sample was computed, which caching would freeze, so it is not "
     "stored; give what is random to augment=, which runs after the cache at every access",
+    RANDOM_CODE: "the code of a sample may draw random numbers that no seed decides, which caching would "
+    "freeze, so it is not stored; give what is random to augment=, which runs after the cache at every access, or set "
+    "persistent_module_hash if samples do not depend on it",
 }
 
 #: Queue and flush wait so long for the disk while ``warm`` fills a cache.
@@ -55,7 +57,6 @@ _WARM_SECONDS = 60.0
 class _Cached:
     """What both doors have: a dataset and its cache, which a copy has of its own."""
 
-    _key: str  # what samples are asked for by
     augment: Transform | None
     _dataset: Any
 
@@ -85,8 +86,8 @@ class _Cached:
         self._torchcache_options = _check_options(options)
         self._torchcache_door = self._make_door(None)
 
-    def _make_door(self, travelled: Travelled | None) -> _Door:
-        return _Door(self._dataset, self._deterministic, self._torchcache_options, key=self._key, travelled=travelled)
+    def _make_door(self, travelled: ObjectState | None) -> _Door:
+        return _Door(self._dataset, self._deterministic, self._torchcache_options, travelled=travelled)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle keeps: not the cache, which each process has of its own."""
@@ -112,13 +113,15 @@ class CachedDataset(_Cached, Dataset[Any]):
     files, arrays, inner datasets). The fingerprint is found out *once*, when the dataset is first used (``len`` counts)
     or sent to a worker, and not followed: call ``refresh`` after you changed the dataset. A worker that is
     spawned gets the state's part of it with the dataset and does not hash again; its code it looks at itself. A
-    copy, or a pickle that is read elsewhere, finds it out afresh. What has no stable name, such as an open file, makes
-    the cache good for this process and its workers only, with one warning; leave it out in a ``__getstate__``, or set
-    ``persistent_module_hash``.
+    copy, or a pickle that is read elsewhere, finds it out afresh. A dataset that holds something without a visible
+    value, such as an open file, is not cached, which is counted and logged once; leave it out in a ``__getstate__``
+    and open it at first use, name it in ``ignore``, or set ``persistent_module_hash``.
 
-    A sample whose computation draws random numbers from a global generator (``torch``, ``numpy``, ``random``) is not
-    stored, as caching would freeze it; that is counted in ``stats().bypasses`` and said once. A generator of the
-    dataset's own is not noticed: what it drew is frozen. Give what is random to ``augment``.
+    A sample whose computation draws random numbers that shape it is not stored, as caching would freeze it; that is
+    counted in ``stats().bypasses`` and logged once. The global generators (``torch``, ``numpy``, ``random``) and those
+    that the dataset holds are compared before and after, and the code is searched for entropy and for generators
+    without a seed, such as ``uuid.uuid4()`` or ``default_rng()``. Give what is random to ``augment``. A sample that
+    would not come back as it is, such as a masked array, is not stored either.
 
     ``cache_instance``, or ``cache_of``, is the cache. Its ``stats()`` are those of this process: what workers did is
     not in them, and each worker has its own ``max_memory_cache_size``.
@@ -134,8 +137,6 @@ class CachedDataset(_Cached, Dataset[Any]):
     Raises:
         ConfigError: If the dataset is iterable, or an option is unknown, wrong or meaningless here.
     """
-
-    _key = "index"
 
     def __init__(
         self,
@@ -261,8 +262,6 @@ class CachedIterableDataset(_Cached, IterableDataset[Any]):
         ConfigError: If the dataset cannot be iterated over, or an option is unknown, wrong or meaningless here.
     """
 
-    _key = "id"
-
     def __init__(
         self,
         dataset: Any,  # noqa: ANN401 - whatever has __iter__
@@ -320,7 +319,6 @@ class _Door:
         dataset: Somebody else's.
         deterministic: What is done to a sample before it is cached.
         options: Of the cache.
-        key: What samples are asked for by.
         travelled: What the process that started this one found out.
     """
 
@@ -330,19 +328,15 @@ class _Door:
         deterministic: Transform | None,
         options: CacheOptions,
         *,
-        key: str,
-        travelled: Travelled | None,
+        travelled: ObjectState | None,
     ) -> None:
         self.name = type(dataset).__qualname__
         self._held = {"dataset": dataset, "deterministic": deterministic}
         self._deterministic = deterministic
         self._options = options
-        self._key = key
         self._state: ObjectState | None = None
-        self._given = None if travelled is None else travelled[0]
-        self.identity = FixedIdentity(
-            self.name, self._find_out, lambda: options, None if travelled is None else travelled[1]
-        )
+        self._given = travelled
+        self.identity = FixedIdentity(self.name, self._find_out, lambda: options)
         self.cache = self.make_cache(options)
 
     def make_cache(self, options: CacheOptions) -> Cache:
@@ -361,50 +355,40 @@ class _Door:
         computing = _Computing(fetch, self._deterministic)
         if not self._options.enabled:
             return computing.compute(index)
-        try:
-            return cache.call(computing.compute, (index, version), {})
-        except UncacheableError as error:
-            if not computing.is_done:
-                raise  # the dataset's own
-            raise UncacheableError(
-                f"the sample at {self._key} {index!r} of {self.name} cannot be stored: {error}", argument="dataset"
-            ) from error
+        return cache.call(computing.compute, (index, version), {})
 
-    def travelling(self) -> Travelled | None:
+    def travelling(self) -> ObjectState | None:
         """Return what a process that is being started need not find out itself; None for any other pickle."""
         if not self._options.enabled or not process.is_starting_a_child():
             return None
         self.identify()
         state = self._state
-        return (state if state is not None and state.can_travel() else None), self.identity.own_name
+        return state if state is not None and state.can_travel() else None
 
     def _find_out(self) -> Findings:
         target = type(self._held["dataset"])
-        self._state, self._given = self._given or look_at_state(self._held, target), None
-        return find_out(self._state, target)
+        try:
+            self._state = self._given or look_at_state(self._held, target, self._options.ignore)
+        except UnknownNamesError as error:
+            raise ConfigError(unknown_name(error.name, error.there, self.name), argument="ignore") from None
+        self._given = None
+        # What yields the samples of an iterable dataset runs at every epoch: it is not cached.
+        computes = None if hasattr(target, "__getitem__") else self._deterministic
+        return find_out(self._state, target, computes)
 
 
 class _Computing:
-    """One sample that may have to be computed.
+    """One sample that may have to be computed."""
 
-    Attributes:
-        is_done: Whether it was computed, so that an error is about what came out.
-    """
-
-    __slots__ = ("_deterministic", "_fetch", "is_done")
+    __slots__ = ("_deterministic", "_fetch")
 
     def __init__(self, fetch: Callable[[Any], object], deterministic: Transform | None) -> None:
         self._fetch = fetch
         self._deterministic = deterministic
-        self.is_done = False
 
     def compute(self, index: object, version: Version = None) -> object:  # noqa: ARG002 - a version is part of the name
-        self.is_done = False
         sample = self._fetch(index)
-        if self._deterministic is not None:
-            sample = self._deterministic(sample)
-        self.is_done = True
-        return sample
+        return sample if self._deterministic is None else self._deterministic(sample)
 
 
 def _second(pair: tuple[object, object], _: object) -> object:
@@ -428,7 +412,7 @@ def _check_options(options: OptionArguments) -> CacheOptions:
     checked = replace(CacheOptions.from_arguments(options), batch_dim=None)
     checked.check_combinations()
     if checked.enabled and checked.persistent:
-        temporary.reserve()  # also where there is a directory: a dataset without a stable name does not go there
+        temporary.reserve()
     return checked
 
 

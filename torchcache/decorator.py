@@ -19,10 +19,12 @@ from torchcache import process
 from torchcache.cache import Cache
 from torchcache.errors import ConfigError
 from torchcache.identity import Target
+from torchcache.keys.attributes import adds_attributes_only
 from torchcache.keys.code import StandIn
 from torchcache.keys.collectives import plain_class
 from torchcache.keys.digest import digest_parts
-from torchcache.keys.values import UnnamedValueError, encode_argument, has_attributes_only, type_name
+from torchcache.keys.plain import type_name
+from torchcache.keys.values import UnnamedValueError, encode_argument
 from torchcache.options import CacheOptions, OptionArguments
 from torchcache.samples import CallSignature
 from torchcache.storage import temporary
@@ -676,7 +678,7 @@ def _check_instance(instance: object, function: types.FunctionType) -> None:
     if isinstance(instance, type):
         raise ConfigError(f"torchcache() cannot cache {function.__qualname__}: {_REMEDIES[classmethod]}")
     cls = type(instance)
-    if not isinstance(instance, nn.Module) and not has_attributes_only(cls):
+    if not isinstance(instance, nn.Module) and not adds_attributes_only(cls):
         raise ConfigError(
             f"torchcache() cannot cache {function.__qualname__}: {cls.__qualname__} derives from a built-in class, "
             "whose contents are no attributes and would not be seen to change; keep such an object in an attribute"

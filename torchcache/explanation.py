@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 _SHOWN = 8  # hex digits of a digest
 
 #: How the names of parts begin that are mixed into the digest of each sample.
-_SHARED_BY_SAMPLES = ("function", "argument ", "tensor ")
+_SHARED_BY_SAMPLES = ("function", "argument ", "tensor ", "padded ", "values ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from torchcache.errors import ConfigError
 from torchcache.keys.code import CodeWalk, walk_code
 from torchcache.keys.collectives import Talks
 from torchcache.keys.digest import digest_parts
@@ -99,6 +101,7 @@ class Identity:
         self._has_said_rank = False
         self._talks: Talks | None = None  # None: the code was not asked what it has to do with other ranks
         self._own_name = os.urandom(16)  # what stands for what has no stable name
+        self._has_checked_ignored = False
 
     def module_hash(self) -> str:
         """Return the name of code, construction arguments and the options that shape the values."""
@@ -119,14 +122,10 @@ class Identity:
             reason, last = tracker.bypass_reason, self._last
             if last is not None and last[0] is fingerprint and last[1].reason == reason:
                 return last[1]  # what is to be said was said
-            unnamed, has_hooks = tracker.unnamed, tracker.has_inner_hooks
-            namespace = digest_parts([fingerprint, self._own_name]) if unnamed else fingerprint
-            shown = [*dict.fromkeys(tracker.crossings)][:_MOST_SHOWN] if reason == "collectives" else []
-            is_private = self._is_private() or bool(unnamed)
-            look = Look(module_hash, namespace, is_private, reason, ", ".join(shown))
+            has_hooks = tracker.has_inner_hooks
+            self._check_ignored()
+            look = Look(module_hash, fingerprint, self._is_private(), reason, self._evidence(reason))
             self._last = fingerprint, look
-        if unnamed:
-            self._say_unnamed(*unnamed[0])
         if self._talks is not None and self._talks.asks_rank and is_in_a_job():
             self._say_rank()
         if has_hooks:
@@ -161,6 +160,10 @@ class Identity:
         """Tell whether a parameter last seen required grad."""
         return self._tracker.requires_grad
 
+    def generators(self) -> list[object]:
+        """Return the random number generators that the state last seen leads to."""
+        return self._tracker.generators
+
     def marks(self) -> object:
         """Return something that differs once a weight was changed in a way that torch counts."""
         with self._lock.raw:
@@ -183,6 +186,22 @@ class Identity:
 
     # -- everything below runs under the lock ---------------------------------------------------------------------
 
+    def _evidence(self, reason: str | None) -> str:
+        """Return what was found that is the reason to go around the cache, where that helps."""
+        if reason == "collectives":
+            return _shown(self._tracker.crossings)
+        if reason == "random_numbers":
+            return _shown(self._tracker.entropy)
+        return _shown_opaque(self._tracker.opaque) if reason == "opaque_state" else ""
+
+    def _check_ignored(self) -> None:
+        """Raise ConfigError, the first time, if there is nothing where something is to be ignored."""
+        if self._has_checked_ignored or self._options().persistent_module_hash:
+            return
+        for name, there in self._tracker.unknown_names.items():
+            raise ConfigError(unknown_name(name, there, self._target.name), argument="ignore")
+        self._has_checked_ignored = True
+
     def _start_afresh(self) -> None:
         self._tracker = self._track()
         self._module_hash = self._last = None
@@ -200,6 +219,7 @@ class Identity:
 
     def _identify(self) -> str:
         """Walk the code, and tell the tracker what to look at."""
+        self._tracker.ignored = frozenset(self._options().ignore)
         named = self._options().persistent_module_hash
         roots: list[object] = []
         if named:
@@ -245,15 +265,23 @@ class Identity:
                 self._target.name,
             )
 
-    def _say_unnamed(self, path: str, type_name: str) -> None:
-        self._say(
-            f"unnamed {path}",
-            f"{path} holds an object of type {type_name} without a stable name, so what is cached is good for this "
-            "process only; keep plain values instead, give the object a __reduce__, or set persistent_module_hash",
-        )
-
     def _say(self, kind: str, message: str) -> None:
         warn_once((self._target.name, kind), "%s: %s", self._target.name, message)
+
+
+def _shown(found: Iterable[str]) -> str:
+    return ", ".join([*dict.fromkeys(found)][:_MOST_SHOWN])
+
+
+def _shown_opaque(opaque: Iterable[tuple[str, str]]) -> str:
+    return _shown(f"{path} is a {type_name}" for path, type_name in opaque)
+
+
+def unknown_name(name: str, there: Sequence[str], target: str) -> str:
+    """Say that there is nothing to ignore at a name."""
+    nearest = difflib.get_close_matches(name, there, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else "name attributes, globals or closure variables"
+    return f"ignore names {name!r}, which {target} does not hold; {hint}"
 
 
 def _named_parts(options: CacheOptions, *more: tuple[str, bytes]) -> list[tuple[str, bytes]]:
@@ -275,8 +303,6 @@ class FixedIdentity:
         name: What to call the target in the log.
         find: Finds it out; not asked where a ``persistent_module_hash`` stands for it all.
         options: Returns the options in force.
-        own_name: What stands for what has no stable name; random if None. Processes that are given the same one
-            share what is cached, and leave it to the first to say so.
     """
 
     def __init__(
@@ -284,13 +310,10 @@ class FixedIdentity:
         name: str,
         find: Callable[[], Findings],
         options: Callable[[], CacheOptions],
-        own_name: bytes | None = None,
     ) -> None:
         self._name = name
         self._find = find
         self._options = options
-        self.own_name = own_name or os.urandom(16)
-        self._is_first = own_name is None
         self._lock = ForkLock(on_broken=self._start_afresh)
         # Guarded by _lock:
         self._findings: Findings | None = None
@@ -313,11 +336,15 @@ class FixedIdentity:
             seen = current_mode(), rank, ambient_reason(), collectives
             if self._last is not None and self._last[0] == seen:
                 return self._last[1]
-            own_name = self.own_name if findings.unnamed else b""
-            namespace = digest_parts([b"fixed", self._module_hash.encode(), repr(seen[:2]).encode(), own_name])
-            reason = "collectives" if collectives else seen[2]
-            evidence = ", ".join(collectives[:_MOST_SHOWN])
-            look = Look(self._module_hash, namespace, bool(findings.unnamed), reason, evidence)
+            namespace = digest_parts([b"fixed", self._module_hash.encode(), repr(seen[:2]).encode()])
+            reason, evidence = seen[2], ""
+            if collectives:
+                reason, evidence = "collectives", _shown(collectives)
+            elif reason is None and findings.opaque:
+                reason, evidence = "opaque_state", _shown_opaque(findings.opaque)
+            elif reason is None and findings.entropy:
+                reason, evidence = "random_numbers", _shown(findings.entropy)
+            look = Look(self._module_hash, namespace, is_private=False, reason=reason, evidence=evidence)
             self._last = seen, look
             return look
 
@@ -345,6 +372,10 @@ class FixedIdentity:
     def requires_grad(self) -> bool:
         """Deny it: there are no parameters to train."""
         return False
+
+    def generators(self) -> list[object]:
+        """Return the random number generators that were found."""
+        return [] if self._findings is None else [*self._findings.generators]
 
     def marks(self) -> object:
         """Return the same at all times."""
@@ -381,19 +412,4 @@ class FixedIdentity:
             self._module_hash = named or digest_parts(parts).hex()
             self._findings = findings
             logger.info("module hash of %s: %s", self._name, self._module_hash)
-            if findings.unnamed and self._is_first:
-                self._say_unnamed(*findings.unnamed[0])
         return self._findings
-
-    # -- saying -----------------------------------------------------------------------------------------------------
-
-    def _say_unnamed(self, path: str, type_name: str) -> None:
-        warn_once(
-            (self._name, f"unnamed {path}"),
-            "%s: %s holds an object of type %s without a stable name, as open files, connections and h5py files are, "
-            "so what is cached is good for this process and its workers only; leave it out in a __getstate__ and open "
-            "it at first use, or set persistent_module_hash",
-            self._name,
-            path,
-            type_name,
-        )

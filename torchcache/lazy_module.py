@@ -211,12 +211,13 @@ class _LazyIdentity(Identity):
         self._built: tuple[Identity, object] | None = None  # the model's identity, and its marks as it was built
         self._joined: tuple[Look, object, Look] | None = None
         self._first: tuple[str, bytes] | None = None  # the factory's module hash, and what was seen of it then
+        self._has_checked_ignored = True  # a name may be one of the factory's, or of the model's that is not there yet
 
     def look(self) -> Look:
         factory = super().look()
         cache = self._cache()
         assert cache is not None
-        if factory.reason:
+        if factory.reason not in (None, "random_numbers"):  # what the factory draws shows in what it builds
             return factory
         key = digest_parts([self._fingerprint(factory), repr(current_mode()).encode(), self._holder.place().encode()])
         if self._holder.model is None:
@@ -246,6 +247,9 @@ class _LazyIdentity(Identity):
 
     def requires_grad(self) -> bool:
         return self._built is not None and self._built[0].requires_grad()
+
+    def generators(self) -> list[object]:
+        return [*super().generators(), *([] if self._built is None else self._built[0].generators())]
 
     def marks(self) -> object:
         return None if self._built is None else self._built[0].marks()
@@ -280,6 +284,7 @@ class _LazyIdentity(Identity):
             cls = type(model)
             target = Target(name=cls.__qualname__, code=cls, function=cls.forward, instance=weakref.ref(model))
             identity = Identity(target, self._options)
+            identity._has_checked_ignored = True  # noqa: SLF001 - as for the factory
             identity.look()
             self._built = identity, identity.marks()
         return self._built

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torchcache.errors import StoreError
 from torchcache.log import warn_once
-from torchcache.reasons import remedy_for
+from torchcache.reasons import RANDOM_CODE, remedy_for
 from torchcache.stats import Counters
 
 
@@ -36,7 +36,8 @@ class Notices:
 
     def because(self, reason: str, evidence: str) -> str:
         """Return a reason with what to do about it."""
-        remedy = self._remedies.get(reason) or remedy_for(reason)
+        kind = RANDOM_CODE if evidence and reason == "random_numbers" else reason
+        remedy = self._remedies.get(kind) or remedy_for(kind)
         return f"{remedy} ({reason}: {evidence})" if evidence else f"{remedy} ({reason})"
 
     def error(self, error: BaseException, rows: int) -> None:

@@ -53,6 +53,7 @@ class OptionArguments(TypedDict, total=False):
     version: str | None
     batch_dim: int | None
     unbatched: Sequence[str]
+    ignore: Sequence[str]
     padded: Mapping[str, str]
     min_free_disk: float | str | None
     eviction: str
@@ -274,6 +275,8 @@ class CacheOptions:
             made of tensors, arrays, images and plain values.
         unbatched: Names of arguments that all samples of a call share, although they are or hold tensors: a
             mask, position ids. They count by value.
+        ignore: Names of attributes, globals or closure variables that do not count, by their path ("step", "cfg.out"):
+            what shapes no result, or changes without changing one. You vouch for that.
         padded: Names of arguments that are padded along their first dimension beside the batch, each with that of the
             mask of shape (batch, length) that says which positions are real: {"input_ids": "attention_mask"}. A
             sample and its value do not depend then on how far its batch was padded.
@@ -309,6 +312,7 @@ class CacheOptions:
     version: str | None = _option(None, _optional_text, shapes_key=True)
     batch_dim: int | None = _option(0, _dimension, shapes_key=True)
     unbatched: tuple[str, ...] = _option((), _names, shapes_key=False)
+    ignore: tuple[str, ...] = _option((), _names, shapes_key=True)
     padded: tuple[tuple[str, str], ...] = _option((), _masks, shapes_key=True)
     eviction: str = _option("stale", _one_of("stale", "none", "lru"), shapes_key=False)
     shared: str | None = _option(None, _one_of_or_none("group"), shapes_key=False)

@@ -123,8 +123,17 @@ def detached(output: object) -> object:
 
 
 def unsupported_leaf(tree: Tree) -> str | None:
-    """Name the first kind of tensor in a result that has no plain rows of bytes, or return None."""
-    return next(filter(None, map(unsupported_kind, filter(_is_tensor, tree.leaves))), None)
+    """Name the first kind of tensor in a result that would not come back as it is, or return None."""
+    return next(filter(None, map(_unsupported_result, filter(_is_tensor, tree.leaves))), None)
+
+
+def _unsupported_result(tensor: torch.Tensor) -> str | None:
+    if type(tensor) is torch.nn.Parameter:
+        return "parameter_as_result"
+    notes = getattr(tensor, "__dict__", None) or ()
+    if any(not name.startswith("_dynamo_") for name in notes):
+        return "attributes_of_result"
+    return unsupported_kind(tensor)
 
 
 def devices_of(tree: Tree) -> tuple[torch.device, ...]:

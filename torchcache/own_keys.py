@@ -12,7 +12,7 @@ import torch
 
 from torchcache.errors import UncacheableError
 from torchcache.keys.digest import digest_bytes
-from torchcache.keys.values import encode_plain
+from torchcache.keys.plain import encode_plain
 from torchcache.process import ForkLock
 
 #: One key in so many is watched for other inputs: always the same ones, so that a second use is seen.

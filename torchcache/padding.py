@@ -137,9 +137,9 @@ class PaddedTensors(Tensors):
 
     def select(self, positions: Sequence[int], extra: torch.Tensor | None, *, is_range: bool) -> torch.Tensor:
         low, high = self.spans.window(positions)
-        rows = self._narrow(super().select(positions, None, is_range=is_range), low, high - low)
+        rows = self._narrow(self._rows(positions, is_range=is_range), low, high - low)
         if extra is None:
-            return rows
+            return rows.clone()
         width = max(high - low, extra.shape[self.length_dim])
         return torch.cat([self.widen(rows, width), self.widen(extra.to(rows.device), width)], self.batch_dim)
 

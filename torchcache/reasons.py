@@ -6,6 +6,7 @@ from __future__ import annotations
 REMEDIES = {
     "input_requires_grad": "an input requires grad, and gradients do not flow through cached outputs; detach "
     "it or call the module under torch.no_grad()",
+    "ambiguous_tuple": "a tuple as long as the batch may hold one value per sample or one value that all samples share",
     "forward_mode_gradients": "forward-mode gradients are computed, and they do not flow through cached "
     "outputs; call the module outside of the dual level",
     "functorch_transform": "a transform of torch.func (vmap, grad, jvp) is under way; call the module outside of it",
@@ -30,13 +31,23 @@ REMEDIES = {
     "is padding",
     "one_sample_at_a_time": "the module takes one sample at a time only; it is cached from now on",
     "random_numbers": "random numbers were drawn while the call ran, so its result may not be a function of its input",
+    "input_changed_in_place": "the call changes its input, as inplace=True in its first layer, dict.pop or "
+    "BatchEncoding.to() do, and a hit would leave it as it is; set inplace=False, copy or move the input before the "
+    "call, or cache a part that changes nothing",
     "state_changes_at_every_call": "weights or plain attributes change at every call; it is cached again when they "
     "stand still",
+    "opaque_state": "the state holds something that torchcache cannot see into, so that a change of it would not be "
+    "noticed; register its class with torchcache.register_value(), name it in ignore= if it shapes no result, or set "
+    "persistent_module_hash",
     "fully_masked_row": "the mask leaves nothing of a row, so its result may depend on how far it is padded; leave "
     "such rows out of the batch",
     "sample_key_of_other_inputs": "a key that sample_keys() was given came with other inputs before; give each input a "
     "key of its own, for example one that also names the augmentation",
     "rows_do_not_stack": "the rows of one batch have results of different shapes or plain values",
+    "unsupported_result": "the result holds something that would not come back as it is, so it is not kept",
+    "parameter_as_result": "the result is a parameter, which would come back as a plain tensor; return "
+    "parameter.detach()",
+    "attributes_of_result": "a tensor in the result has attributes, which would not come back; return them beside it",
     "result_cannot_be_rebuilt": "a class of the result refuses to be rebuilt from its parts",
     "opaque_weights": "weights are tensors without plain bytes (sparse, quantized), so that a change of theirs could "
     "not be seen; set persistent_module_hash if they are frozen",
@@ -52,9 +63,16 @@ REMEDIES = {
     "not run it; leave empty batches out",
     "export_or_trace": "the call is being exported, traced or scripted",
 }  # fmt: skip
+#: Stands for "random_numbers" where the code shows it, not a computed call; evidence then names what was found.
+RANDOM_CODE = "random_numbers, in the code"
+_REMEDY_OF_RANDOM_CODE = (
+    "the code may draw random numbers that no seed decides, and caching would freeze them; draw them outside of the "
+    "cached code and pass them in, or set persistent_module_hash if results do not depend on them"
+)
+
 _OTHER_REMEDY = "a cached call takes and returns plain strided tensors; convert it before the call"
 
 
 def remedy_for(reason: str) -> str:
     """Return what to say of a reason; those without an entry are about kinds of tensors."""
-    return REMEDIES.get(reason, _OTHER_REMEDY)
+    return _REMEDY_OF_RANDOM_CODE if reason == RANDOM_CODE else REMEDIES.get(reason, _OTHER_REMEDY)

@@ -80,6 +80,7 @@ class Verdicts:
         self._vacuous: OrderedDict[bytes, int] = OrderedDict()  # comparisons that proved nothing
         # Computed calls in a row with an effect beside their result, and which the last one had.
         self._effects: OrderedDict[bytes, tuple[int, str]] = OrderedDict()
+        self._changing: OrderedDict[bytes, None] = OrderedDict()  # namespaces whose calls change their input
         self._alone: OrderedDict[bytes, None] = OrderedDict()  # namespaces that were computed without other ranks
 
     def of(self, namespace: bytes) -> Verdict | None:
@@ -113,6 +114,8 @@ class Verdicts:
     def effect(self, namespace: bytes) -> str | None:
         """Return the effect that calls are known to have, or None; now and then one is tried again."""
         with self._lock.raw:
+            if namespace in self._changing:
+                return "input_changed_in_place"
             count, effect = self._effects.get(namespace, (0, ""))
             if count < _EFFECTS:
                 return None
@@ -121,6 +124,13 @@ class Verdicts:
                 return None
             self._effects[namespace] = count + 1, effect
             return effect
+
+    def note_changed_input(self, namespace: bytes) -> None:
+        """Remember that a call changed its input: no call of the namespace is cached from then on."""
+        with self._lock.raw:
+            self._changing[namespace] = None
+            if len(self._changing) > _MOST_NAMESPACES:
+                self._changing.popitem(last=False)
 
     def note_alone(self, namespace: bytes) -> None:
         """Remember that a call was computed in a job of several ranks without anything that they do together."""
@@ -174,6 +184,7 @@ class Verdicts:
             self._witnesses.clear()
             self._singles.clear()
             self._effects.clear()
+            self._changing.clear()
             self._alone.clear()
             self._vacuous.clear()
 

@@ -12,15 +12,21 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from torchcache.arguments import Argument, Tensors, Texts, open_argument
+from torchcache.arguments import Argument, Tensors, Values, is_batch_of_texts, open_argument, plain_sequences
 from torchcache.call_results import CallResults
 from torchcache.errors import ConfigError, UncacheableError
 from torchcache.keys.digest import combine, digest_parts
-from torchcache.keys.values import encode_plain
+from torchcache.keys.plain import encode_plain
 from torchcache.options import CacheOptions
 from torchcache.padding import PaddedResults, PaddedTensors, Spans
 from torchcache.results import Results
+from torchcache.shared_arguments import SharedArgument
 from torchcache.tensors import unsupported_kind
+
+AnyArgument = Argument | SharedArgument
+
+#: The plain arguments of a call that are tuples, by name, each with its place in args or kwargs.
+Tuples = dict[str, tuple["int | str", tuple[Any, ...]]]
 
 
 class CallSignature:
@@ -104,36 +110,40 @@ class CallSignature:
         """
         if len(args) > len(self._names) and self._rest is None:
             self._signature.bind(*args, **kwargs)
-        arguments: list[Argument] = []
+        arguments: list[AnyArgument] = []
         plain: dict[str, bytes] = {"": self._label, **self._defaults}
+        tuples: Tuples = {}
         for place, value in enumerate(args):
             name = self._names[place] if place < len(self._names) else f"{self._rest}[{place - len(self._names)}]"
-            self._sort_argument(name, place, value, arguments, plain)
+            self._sort_argument(name, place, value, arguments, plain, tuples)
         surplus = [key for key in kwargs if key not in self._keywords]
         if len(surplus) > 1:  # code that goes through **kwargs sees their order
             plain["*"] = digest_parts(key.encode("utf-8", "surrogatepass") for key in surplus)
         for key, value in kwargs.items():
             # One that only **kwargs takes may be called like an argument that is given by position, or anything else.
             name = f"**{key}" if key in self._positional_only or not key.isidentifier() else key
-            self._sort_argument(name, key, value, arguments, plain)
+            self._sort_argument(name, key, value, arguments, plain, tuples)
         if self._batch_dim is None:
-            return Call(args, kwargs, arguments, plain, self._results)
+            return Call(args, kwargs, arguments, plain, self._results, tuples)
+        if tuples and all(argument.is_shared for argument in arguments):
+            _take_for_batch(tuples, arguments, plain)
         if self._mask is not None and not any(unsupported_kind(t.tensor) for a in arguments for t in a.tensors()):
-            return self._split_padded(args, kwargs, arguments, plain)
-        return Batch(args, kwargs, arguments, plain, self._results)
+            return self._split_padded(args, kwargs, arguments, plain, tuples)
+        return Batch(args, kwargs, arguments, plain, self._results, tuples)
 
     def _split_padded(
         self,
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
-        arguments: Sequence[Argument],
+        arguments: Sequence[AnyArgument],
         plain: Mapping[str, bytes],
+        tuples: Tuples,
     ) -> Batch:
         assert self._batch_dim is not None
         leaves = {leaf.name: leaf for a in arguments if not a.is_shared for leaf in a.tensors()}
         named = self._padded & leaves.keys()
         if not named:
-            return Batch(args, kwargs, arguments, plain, self._results)
+            return Batch(args, kwargs, arguments, plain, self._results, tuples)
         mask = leaves.get(self._mask or "")
         if mask is None:
             raise UncacheableError(
@@ -144,12 +154,20 @@ class CallSignature:
         spans = Spans.of_mask(mask)
         padded = [
             replace(a, leaves=[_padded(leaf, spans) if leaf.name in named else leaf for leaf in a.leaves])
+            if isinstance(a, Argument)
+            else a
             for a in arguments
         ]
-        return PaddedBatch(args, kwargs, padded, plain, PaddedResults(self._batch_dim, spans))
+        return PaddedBatch(args, kwargs, padded, plain, PaddedResults(self._batch_dim, spans), tuples)
 
     def _sort_argument(
-        self, name: str, place: int | str, value: object, arguments: list[Argument], plain: dict[str, bytes]
+        self,
+        name: str,
+        place: int | str,
+        value: object,
+        arguments: list[AnyArgument],
+        plain: dict[str, bytes],
+        tuples: Tuples,
     ) -> None:
         """Put an argument among those whose samples are told apart, or among what all samples share."""
         plain.pop(name, None)
@@ -160,9 +178,25 @@ class CallSignature:
             return
         encoded = encode_plain(value)
         if encoded is None:
-            arguments.append(open_argument(name, place, value, batch_dim))
-        else:
-            plain[name] = encoded
+            arguments.append(
+                SharedArgument(name, place, value)
+                if batch_dim is None
+                else open_argument(name, place, value, batch_dim)
+            )
+            return
+        plain[name] = encoded
+        if isinstance(value, tuple) and batch_dim is not None:
+            tuples[name] = place, value
+
+
+def _take_for_batch(tuples: Tuples, arguments: list[AnyArgument], plain: dict[str, bytes]) -> None:
+    """Take a tuple of str, if there is only one, for the batch of a call that has no other."""
+    texts = [name for name, (_, value) in tuples.items() if is_batch_of_texts(value)]
+    if len(texts) == 1:
+        (name,) = texts
+        place, value = tuples.pop(name)
+        del plain[name]
+        arguments.append(Argument(name, place, [Values(name, value)]))
 
 
 def _check_names(option: str, given: Iterable[str], names: Sequence[str]) -> None:
@@ -175,17 +209,19 @@ def _check_names(option: str, given: Iterable[str], names: Sequence[str]) -> Non
             )
 
 
-def _batch_size(arguments: Sequence[Argument]) -> int:
+def _batch_size(arguments: Sequence[AnyArgument], tuples: Tuples) -> int:
     leaves = [leaf for argument in arguments if not argument.is_shared for leaf in argument.leaves]
     if not leaves:
+        shown = " and ".join(f"list({name})" for name in tuples)
         raise UncacheableError(
-            "the call has no tensor argument; a cached call needs at least one tensor of shape "
-            "(batch, ...) with two dimensions or more, or a list of str"
+            "the call has no tensor argument; a cached call needs at least one tensor of shape (batch, ...) with two "
+            "dimensions or more, or a list with one plain value per sample, such as str"
+            + (f": pass {shown} if each sample has its own" if shown else "")
         )
     sizes: dict[str, int] = {}
     for leaf in leaves:
-        if isinstance(leaf, Texts):
-            sizes[leaf.name] = len(leaf.texts)
+        if isinstance(leaf, Values):
+            sizes[leaf.name] = len(leaf.values)
             continue
         if leaf.tensor.dim() == 0:
             raise UncacheableError(
@@ -210,14 +246,24 @@ def _batch_size(arguments: Sequence[Argument]) -> int:
             argument=name,
         )
     if len(set(sizes.values())) > 1:
-        shown = ", ".join(f"{name}: {size}" for name, size in sizes.items())
+        differing = ", ".join(f"{name}: {size}" for name, size in sizes.items())
         first = next(iter(sizes))
         other = next(name for name, size in sizes.items() if size != sizes[first])
+        lists = [leaf.name for leaf in leaves if isinstance(leaf, Values) and leaf.name in (other, first)]
+        if lists:
+            name = lists[-1]
+            remedy = (
+                f"a list has one value per sample: if all samples share {name!r}, pass tuple({name}) or name it in "
+                "unbatched"
+            )
+        else:
+            name = other
+            remedy = (
+                f"dimension {_batch_dim_of(leaves)} of every tensor must be the batch: expand shared tensors to it, or "
+                "name them in unbatched"
+            )
         raise UncacheableError(
-            f"arguments {first!r} and {other!r} differ in their batch dimension ({shown}); dimension "
-            f"{_batch_dim_of(leaves)} of every tensor must be the batch: expand shared tensors to it, or name them in "
-            "unbatched",
-            argument=other,
+            f"arguments {first!r} and {other!r} differ in their batch dimension ({differing}); {remedy}", argument=name
         )
     return sizes[leaves[0].name]
 
@@ -226,14 +272,17 @@ def _padded(leaf: Tensors, spans: Spans) -> PaddedTensors:
     return PaddedTensors(leaf.name, leaf.tensor, leaf.batch_dim, spans)
 
 
-def _batch_dim_of(leaves: Sequence[Tensors | Texts]) -> int:
+def _batch_dim_of(leaves: Sequence[Tensors | Values]) -> int:
     return next((leaf.batch_dim for leaf in leaves if isinstance(leaf, Tensors)), 0)
 
 
 class Batch:
     """One call, seen as ``n`` samples. The arguments stay the caller's and are not changed."""
 
-    __slots__ = ("_args", "_arguments", "_kwargs", "_leaves", "_plain", "_unsupported", "n", "results", "tensors")
+    __slots__ = (
+        "_args", "_is_opaque", "_kwargs", "_leaves", "_plain", "_unsupported", "arguments", "evidence", "generators",
+        "n", "results", "tensors",
+    )  # fmt: skip
 
     #: Whether rows of several calls may be forwarded together.
     is_divisible = True
@@ -242,26 +291,57 @@ class Batch:
         self,
         args: tuple[object, ...],
         kwargs: Mapping[str, object],
-        arguments: Sequence[Argument],
+        arguments: Sequence[AnyArgument],
         plain: Mapping[str, bytes],
         results: Results,
+        tuples: Tuples,
     ) -> None:
         self.results = results
         self._args = args
         self._kwargs = kwargs
-        self._arguments = sorted(arguments, key=lambda argument: argument.name)  # however they were given
+        #: Those that are not plain, by name however they were given.
+        self.arguments = sorted(arguments, key=lambda argument: argument.name)
         self._plain = plain
         self._leaves = self._find_leaves()
         #: The tensors that hold the samples, in the order of their names.
         self.tensors = [leaf.tensor for leaf in self._leaves if isinstance(leaf, Tensors)]
-        self._unsupported = next(filter(None, map(unsupported_kind, self.tensors)), None)
-        self.n = 0 if self._unsupported else self._count(arguments)
+        shared = [argument for argument in self.arguments if isinstance(argument, SharedArgument)]
+        everywhere = [*self.tensors, *(leaf.tensor for argument in shared for leaf in argument.leaves)]
+        self._unsupported = next(filter(None, map(unsupported_kind, everywhere)), None)
+        self.n = 0 if self._unsupported else self._count(arguments, tuples)
+        #: The random number generators in the arguments.
+        self.generators = [generator for argument in shared for generator in argument.generators]
+        #: What to say of the reason to go around the cache, if there is one: what cannot be seen, or which tuple may
+        #: hold one value per sample and what to pass in its place.
+        self.evidence = ", ".join(f"{path} is a {kind}" for argument in shared for path, kind in argument.opaque)
+        self._is_opaque = bool(self.evidence)
+        if tuples or any(argument.sequences for argument in arguments):
+            self.evidence = self._find_ambiguity(tuples) or self.evidence
 
     def _find_leaves(self) -> list[Any]:
-        return [leaf for argument in self._arguments if not argument.is_shared for leaf in argument.leaves]
+        return [leaf for argument in self.arguments if not argument.is_shared for leaf in argument.leaves]
 
-    def _count(self, arguments: Sequence[Argument]) -> int:
-        return _batch_size(arguments)
+    def _count(self, arguments: Sequence[AnyArgument], tuples: Tuples) -> int:
+        return _batch_size(arguments, tuples)
+
+    def _find_ambiguity(self, tuples: Tuples) -> str:
+        """Describe the outermost tuple of plain values that is as long as the batch; return "" if there is none."""
+        found: list[tuple[str, Sequence[object], bool]] = []
+        for name, (_, value) in tuples.items():
+            can_be_named = name.isidentifier()
+            found += [(path, items, can_be_named) for path, items in plain_sequences(name, value)]
+        for argument in self.arguments:
+            if not argument.is_shared:
+                found += [(path, items, False) for path, items in argument.sequences]
+        found = [entry for entry in found if len(entry[1]) == self.n > 0]
+        if not found:
+            return ""
+
+        path, items, can_be_named = min(found, key=lambda entry: len(entry[0]))
+        own = f"list({path})" if isinstance(items, tuple) else f"a list of plain values as {path}"
+        name = re.split(r"[\[.]", path)[0]
+        shared = f'set unbatched=("{name}",)' if can_be_named else "make it an argument that unbatched names"
+        return f"{path!r} is as long as the batch: pass {own} if each sample has its own, or {shared} if all share it"
 
     @property
     def first_device(self) -> torch.device:
@@ -272,13 +352,15 @@ class Batch:
         """Why this call cannot be cached whatever its state, or None."""
         if self._unsupported:
             return self._unsupported
+        if self.evidence:
+            return "opaque_state" if self._is_opaque else "ambiguous_tuple"
         if torch._C._functorch.peek_interpreter_stack() is not None:  # noqa: SLF001 - torch has no public test
             return "functorch_transform"  # it may wrap weights, and wraps what is made while it lasts
         if forward_ad._current_level >= 0:  # noqa: SLF001 - as above
             return "forward_mode_gradients"
         if torch.is_grad_enabled() and any(
             leaf.tensor.requires_grad
-            for argument in self._arguments
+            for argument in self.arguments
             for leaf in argument.leaves
             if isinstance(leaf, Tensors)
         ):
@@ -287,7 +369,7 @@ class Batch:
 
     def shared_parts(self) -> list[tuple[str, bytes]]:
         """Return what all samples of the call have in common: plain arguments, dtypes and row shapes, by name."""
-        plain = {**self._plain, **{a.name: encoded for a in self._arguments if (encoded := a.encode())}}
+        plain = {**self._plain, **{a.name: encoded for a in self.arguments if (encoded := a.encode())}}
         parts = [(f"argument {name}" if name else "function", plain[name]) for name in sorted(plain)]
         return parts + self._forms()
 
@@ -319,6 +401,8 @@ class Batch:
     ) -> tuple[tuple[object, ...], dict[str, object], Results]:
         """Return the arguments of a call that has the samples at ``positions`` only, and the form of its results.
 
+        Nothing in them that can be changed is the caller's own, unless the call is one sample.
+
         Args:
             positions: In the order wanted.
             extra: What ``row`` returned for another call of the same signature: one sample more, at the end.
@@ -330,12 +414,13 @@ class Batch:
         return (*self._with_leaves(rows), self.results)
 
     def _with_leaves(self, values: Iterable[object]) -> tuple[tuple[object, ...], dict[str, object]]:
-        """Return the arguments with other tensors and texts in them, in the order of ``_leaves``."""
+        """Return the arguments with other tensors and lists in them, in the order of ``_leaves``, and copies beside."""
         args, kwargs, rest = list(self._args), dict(self._kwargs), iter(values)
-        for argument in self._arguments:
-            if argument.is_shared:
-                continue
-            value = argument.with_leaves([next(rest) for _ in argument.leaves])
+        for argument in self.arguments:
+            if isinstance(argument, SharedArgument):
+                value = argument.copied()
+            else:
+                value = argument.with_leaves([next(rest) for _ in argument.leaves])
             if isinstance(argument.place, int):
                 args[argument.place] = value
             else:
@@ -386,9 +471,9 @@ class Call(Batch):
     is_divisible = False
 
     def _find_leaves(self) -> list[Any]:
-        return [leaf for argument in self._arguments for leaf in argument.leaves]
+        return [leaf for argument in self.arguments for leaf in argument.leaves]
 
-    def _count(self, arguments: Sequence[Argument]) -> int:  # noqa: ARG002 - as of Batch
+    def _count(self, arguments: Sequence[AnyArgument], tuples: Tuples) -> int:  # noqa: ARG002 - as of Batch
         return 1
 
     def _forms(self) -> list[tuple[str, bytes]]:

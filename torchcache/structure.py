@@ -38,6 +38,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from torchcache.errors import CorruptRecordError, UncacheableError
+from torchcache.keys.code import is_own_class
+from torchcache.keys.plain import attributes_of_member, encode_plain
 from torchcache.log import warn_once
 
 #: Bounds of one tree. They keep a hostile structure cheap, and end the walk through one that contains itself.
@@ -76,12 +78,14 @@ class Tree:
         leaves: In the order in which ``build`` wants them.
         paths: Where each leaf lies, such as ``output['hidden'][2]``.
         problem: Why the tree cannot be kept, or None. What cannot be is built as the object itself.
+        sequences: The tuples and lists in it that hold no leaf, each with its path.
     """
 
     node: Node
     leaves: Sequence[Any]
     paths: Sequence[str]
     problem: str | None
+    sequences: Sequence[tuple[str, Sequence[object]]] = ()
 
     def encode(self) -> bytes:
         """Return the tree as bytes, none for a lone leaf.
@@ -118,7 +122,7 @@ def flatten(output: object, is_leaf: Callable[[object], bool], remedy: str = _RE
         return Tree(_LEAF, (output,), ("output",), None)
     walk = _Walk(is_leaf, remedy)
     node = walk.visit(output, "output", 0)
-    return Tree(node, walk.leaves, walk.paths, walk.problem)
+    return Tree(node, walk.leaves, walk.paths, walk.problem, walk.sequences)
 
 
 class KnownClasses:
@@ -431,6 +435,7 @@ class _Walk:
         self.leaves: list[Any] = []
         self.paths: list[str] = []
         self.problem: str | None = None
+        self.sequences: list[tuple[str, Sequence[object]]] = []
 
     def visit(self, value: object, path: str, depth: int) -> Node:
         if self._is_leaf(value):
@@ -450,7 +455,11 @@ class _Walk:
         kind = type(value)
         if isinstance(value, (tuple, list)) and kind in (tuple, list):
             paths = [f"{path}[{i}]" for i in range(len(value))]
-            return _Items(self._visit_all(value, paths, depth), _TUPLE if kind is tuple else _LIST)
+            n_leaves = len(self.leaves)
+            children = self._visit_all(value, paths, depth)
+            if len(self.leaves) == n_leaves:
+                self.sequences.append((path, value))
+            return _Items(children, _TUPLE if kind is tuple else _LIST)
         if isinstance(value, dict) and kind in (dict, OrderedDict):
             return self._visit_pairs(value, path, depth)
         fields = _named_fields(kind)
@@ -520,6 +529,12 @@ class _Walk:
                 f"the cached call returned {_type_of(value)} at {path}, whose registration with torch.utils._pytree "
                 f"{lost}; {_REMEDY}",
             )
+        # The context may hold one value per sample, too, unless it names the parts of the object.
+        self.sequences += [
+            (f"{path} (context)", list(items))
+            for _, items in inner.sequences
+            if isinstance(items, tuple) and not _are_names(items, value)
+        ]
         names: Sequence[object] = list(value) if isinstance(value, dict) else ()
         if len(names) != len(flat):
             names = range(len(flat))
@@ -558,6 +573,12 @@ def _what_is_lost(value: object, flat: list[object], context: Node) -> str | Non
     return f"loses its attributes {lost}" if lost else None
 
 
+def _are_names(items: Sequence[object], value: object) -> bool:
+    """Tell whether a sequence names attributes or keys of an object."""
+    keys = list(value) if isinstance(value, dict) else []
+    return all(item in keys or (isinstance(item, str) and hasattr(value, item)) for item in items)
+
+
 _LEAF = _Leaf(())
 
 
@@ -578,12 +599,19 @@ def _plain(value: object) -> Node | None:
         return _Plain((), value, [_DEVICE, str(value)])
     if isinstance(value, torch.Size):
         return _Plain((), value, [_SIZE, *value])
-    if isinstance(value, enum.Enum) and type(value).__members__.get(value.name) is value:
+    if isinstance(value, enum.Enum) and _is_constant_member(value):
         # The value too: a program may be edited between two runs.
         walk = _Walk(_nothing)
         inner = None if isinstance(value.value, enum.Enum) else walk.visit(value.value, "", 1).pack()
         return _Plain((), value, [_ENUM, class_name(kind), value.name, None if walk.problem else inner])
     return None
+
+
+def _is_constant_member(value: enum.Enum) -> bool:
+    """Tell whether an enum member is found by its name, and holds nothing that can change."""
+    if type(value).__members__.get(value.name) is not value or encode_plain(value) is None:
+        return False
+    return not (attributes_of_member(value) and is_own_class(type(value)))
 
 
 def _nothing(_value: object) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,12 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 class Noted(Dataset):
     """Sample ``i`` is made of ``i``; what is computed is noted in a file, a line a sample."""
 
-    def __init__(self, n: int, folder: Path, *, is_unnamed: bool = False, fails_at: int | None = None) -> None:
+    def __init__(self, n: int, folder: Path, *, is_unseen: bool = False, fails_at: int | None = None) -> None:
         self.n = n
         self.folder = folder
         self.fails_at = fails_at
         self.large = torch.arange(1000)
-        self.file = _OfOneProcess() if is_unnamed else None
+        self.file = (i for i in ()) if is_unseen else None
 
     def __len__(self) -> int:
         return self.n
@@ -29,13 +28,6 @@ class Noted(Dataset):
             raise ValueError("not a JPEG")
         note(self.folder, i)
         return {"x": torch.full((3, 8 + i), float(i)), "i": i, "name": f"sample {i}"}
-
-
-class _OfOneProcess(io.BytesIO):
-    """Goes to workers, and has no stable name."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _OfOneProcess, ()
 
 
 class Shards(IterableDataset):

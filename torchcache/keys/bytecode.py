@@ -18,10 +18,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.places import DEFAULT, defaults_of
+
+T = TypeVar("T")
 
 #: Flags of a code object that say how it runs (generator, coroutine, *args, ...); the rest, such as
 #: "has a docstring", does not count.
@@ -45,9 +47,9 @@ _MUTATORS = frozenset({
     "difference_update", "intersection_update", "symmetric_difference_update", "__setitem__",
 })  # fmt: skip
 
-_LOADS_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
+LOADS_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 _LOADS_GLOBAL = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"})
-_LOADS_CELL = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"})
+LOADS_CELL = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"})
 _SAYS_NOTHING = frozenset({"NOP", "EXTENDED_ARG", "CACHE"})  # NOP is what -OO leaves of a docstring
 
 _HAS_CONSTANT = frozenset(dis.hasconst)
@@ -176,13 +178,13 @@ def reads_of(code: types.CodeType) -> Reads:
             argument = instruction.argval
             if instruction.opname in _LOADS_GLOBAL:
                 names.add(argument)
-            elif instruction.opname in _LOADS_ATTRIBUTE or instruction.opname == "LOAD_SUPER_ATTR":
+            elif instruction.opname in LOADS_ATTRIBUTE or instruction.opname == "LOAD_SUPER_ATTR":
                 attributes.add(argument)
             elif instruction.opname == "IMPORT_NAME":
                 level, wanted = recent
                 found = (level if isinstance(level, int) else 0, argument, wanted if isinstance(wanted, tuple) else ())
                 imports[found] = None
-            if instruction.opname in _LOADS_ATTRIBUTE and chain:
+            if instruction.opname in LOADS_ATTRIBUTE and chain:
                 chain = (*chain, argument)
                 chains.add(chain)
             else:
@@ -286,6 +288,99 @@ class Writes:
             self._reads[key] -= 1
 
 
+class OperandStack(Generic[T]):
+    """What is known of the values on the stack while the instructions of code are gone through in their order.
+
+    Args:
+        unknown: What stands for a value of which nothing is known; where too little is on the stack, it is given too.
+    """
+
+    def __init__(self, unknown: T) -> None:
+        self._unknown = unknown
+        self._items: list[T] = []
+
+    def push(self, *items: T) -> None:
+        self._items += items
+
+    def pop(self, count: int = 1) -> T:
+        """Take values off, and return the lowest of them."""
+        last = self._unknown
+        for _ in range(count):
+            last = self._items.pop() if self._items else self._unknown
+        return last
+
+    def peek(self, depth: int) -> T:
+        """Return the value at a depth, 1 for the uppermost."""
+        return self._items[-depth] if len(self._items) >= depth else self._unknown
+
+    def clear(self) -> None:
+        self._items.clear()
+
+    def items(self) -> list[T]:
+        """Return a copy of what is on it, the lowest first."""
+        return list(self._items)
+
+    def do(self, instruction: dis.Instruction, effect: int) -> None:
+        """Do what an instruction does that only moves values, or makes others of which nothing is known.
+
+        Args:
+            instruction: The instruction.
+            effect: By how much the stack grows.
+        """
+        opname, items = instruction.opname, self._items
+        if opname == "COPY":
+            items.append(self.peek(instruction.arg or 1))
+        elif opname == "SWAP":
+            depth = instruction.arg or 1
+            if len(items) >= depth:
+                items[-1], items[-depth] = items[-depth], items[-1]
+        elif opname == "DUP_TOP":
+            items.append(self.peek(1))
+        elif opname == "DUP_TOP_TWO":
+            items += [self.peek(2), self.peek(1)]
+        elif opname in _ROTATIONS:
+            depth = _ROTATIONS[opname] or instruction.arg or 1
+            if len(items) >= depth:
+                uppermost = items.pop()
+                items.insert(len(items) - depth + 1, uppermost)
+        elif opname.startswith(_REPLACES_UPPERMOST):
+            self.pop()
+            self.push(*[self._unknown] * (1 + effect))
+        elif effect > 0:
+            self.push(*[self._unknown] * effect)
+        elif opname.startswith(_PUSHES_NOTHING):
+            self.pop(-effect)
+        else:
+            self.pop(1 - effect)
+            self.push(self._unknown)
+
+
+def variables_of(instruction: dis.Instruction) -> tuple[str, ...]:
+    """Return the variables that an instruction names; from Python 3.13 on, one may load or store two."""
+    argument = instruction.argval
+    return argument if isinstance(argument, tuple) else (argument,)
+
+
+def ends_here(opname: str) -> bool:
+    """Tell whether what follows an instruction is not what runs next."""
+    return opname.startswith(_ENDS) and opname != "RETURN_GENERATOR"
+
+
+_ENDS = ("RETURN", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE")
+
+#: Instructions of Python 3.10 that put the uppermost value below others, by how many are moved; 0 stands for the
+#: number that the instruction names.
+_ROTATIONS = {"ROT_TWO": 2, "ROT_THREE": 3, "ROT_FOUR": 4, "ROT_N": 0}
+
+#: Instructions that put several values in place of the uppermost one.
+_REPLACES_UPPERMOST = ("UNPACK_", "BEFORE_", "SETUP_WITH", "SETUP_ASYNC_WITH")
+
+_PUSHES_NOTHING = (
+    "STORE_", "DELETE_", "POP_", "RETURN_", "RAISE_", "RERAISE", "JUMP_", "RESUME", "NOP", "PRECALL", "KW_NAMES",
+    "COPY_FREE_VARS", "MAKE_CELL", "EXTENDED_ARG", "CACHE", "LIST_APPEND", "SET_ADD", "MAP_ADD", "LIST_EXTEND",
+    "SET_UPDATE", "DICT_UPDATE", "DICT_MERGE", "END_", "GEN_START",
+)  # fmt: skip
+
 #: An attribute by the class whose method names it (None: of an object of any class), or a name.
 _Key = tuple[Any, str]
 _NAMES = "names"
@@ -315,28 +410,18 @@ class _Scan:
         self._code = code
         self._origins = origins
         self._writes = writes
-        self._stack: list[_Origin] = []
+        self._stack = OperandStack(_UNKNOWN)
         self._fresh: dict[_Key, float] = {}  # what was assigned before it is read, up to which offset
         self._offset = 0
-        self._skips = [
-            (i.offset, i.argval) for i in dis.get_instructions(code) if i.opcode in _JUMPS and i.argval > i.offset
-        ]
+        self._instructions = list(dis.get_instructions(code))
+        self._skips = [(i.offset, i.argval) for i in self._instructions if i.opcode in _JUMPS and i.argval > i.offset]
 
     def run(self) -> None:
         """Go through all instructions."""
-        for instruction in dis.get_instructions(self._code):
+        for instruction in self._instructions:
             self._offset = instruction.offset
             self._note(instruction.opname, instruction.argval)
             self._move(instruction)
-
-    def _pop(self, count: int) -> _Origin:
-        last = _UNKNOWN
-        for _ in range(count):
-            last = self._stack.pop() if self._stack else _UNKNOWN
-        return last
-
-    def _peek(self, depth: int) -> _Origin:
-        return self._stack[-depth] if len(self._stack) >= depth else _UNKNOWN
 
     def _read(self, key: _Key) -> None:
         if self._offset >= self._fresh.get(key, -1):
@@ -357,67 +442,45 @@ class _Scan:
     def _note(self, opname: str, argument: Any) -> None:  # noqa: ANN401 - whatever an instruction names
         """Note what an instruction assigns or changes."""
         if opname in ("STORE_ATTR", "DELETE_ATTR"):
-            owner = self._peek(1)
+            owner = self._stack.peek(1)
             is_self = owner is not _UNKNOWN and owner[1] == _SELF
-            self._assign((owner[0] if is_self else None, argument), self._peek(2))
+            self._assign((owner[0] if is_self else None, argument), self._stack.peek(2))
         elif opname in ("STORE_GLOBAL", "DELETE_GLOBAL") or (
             opname in ("STORE_DEREF", "DELETE_DEREF") and argument in self._code.co_freevars
         ):
-            self._assign((_NAMES, argument), self._peek(1))
+            self._assign((_NAMES, argument), self._stack.peek(1))
         elif opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-            self._change(self._peek(2))
+            self._change(self._stack.peek(2))
         elif opname == "STORE_SLICE":
-            self._change(self._peek(3))
+            self._change(self._stack.peek(3))
 
     def _move(self, instruction: dis.Instruction) -> None:
         """Do to the stack what an instruction does, and note what it reads."""
-        opname, argument, arg = instruction.opname, instruction.argval, instruction.arg
-        stack = self._stack
-        effect = dis.stack_effect(instruction.opcode, arg, jump=False)
-        if opname == "COPY":
-            stack.append(self._peek(arg or 1))
-        elif opname == "SWAP" and arg and len(stack) >= arg:
-            stack[-1], stack[-arg] = stack[-arg], stack[-1]
-        elif opname == "DUP_TOP":
-            stack.append(self._peek(1))
-        elif opname == "DUP_TOP_TWO":
-            stack += [self._peek(2), self._peek(1)]
-        elif opname == "ROT_TWO" and len(stack) >= 2:
-            stack[-2:] = [stack[-1], stack[-2]]
-        elif opname == "ROT_THREE" and len(stack) >= 3:
-            stack[-3:] = [stack[-1], stack[-3], stack[-2]]
-        elif opname in _LOADS_ATTRIBUTE:
-            owner = self._pop(1)
+        opname, argument, stack = instruction.opname, instruction.argval, self._stack
+        effect = dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
+        if opname in LOADS_ATTRIBUTE:
+            owner = stack.pop()
             if argument in _MUTATORS:
                 self._change(owner, reads=argument in _READING_MUTATORS)
             key = (owner[0] if owner is not _UNKNOWN and owner[1] == _SELF else None, argument)
             self._read(key)
-            stack += [key] * (1 + effect)
-        elif opname in _LOADS_GLOBAL or opname in _LOADS_CELL:
-            stack += [_UNKNOWN] * (effect - 1)
-            known = self._origins.get(argument) if opname in _LOADS_CELL else None
+            stack.push(*[key] * (1 + effect))
+        elif opname in _LOADS_GLOBAL or opname in LOADS_CELL:
+            stack.push(*[_UNKNOWN] * (effect - 1))
+            known = self._origins.get(argument) if opname in LOADS_CELL else None
             self._read((_NAMES, argument))
-            stack.append(known or (_NAMES, argument))
+            stack.push(known or (_NAMES, argument))
         elif opname.startswith(("BINARY_", "INPLACE_")) and effect == -1 and "SUBSCR" not in opname:
-            right, left = self._pop(1), self._pop(1)
-            stack.append(_made_from(left, right))
-        elif opname.startswith("LOAD_FAST"):  # from 3.13 on, one instruction may load two variables
-            loaded = argument if isinstance(argument, tuple) else (argument,)
-            stack += [self._load(name) for name in loaded]
+            right, left = stack.pop(), stack.pop()
+            stack.push(_made_from(left, right))
+        elif opname.startswith("LOAD_FAST"):
+            stack.push(*map(self._load, variables_of(instruction)))
         elif opname == "STORE_FAST_LOAD_FAST":
-            self._pop(1)
-            stack.append(self._load(argument[1]))
-        elif opname.startswith(_PUSHES_NOTHING):
-            if effect > 0:
-                stack += [_UNKNOWN] * effect
-            else:
-                self._pop(-effect)
-        elif effect > 0:
-            stack += [_UNKNOWN] * effect
+            stack.pop()
+            stack.push(self._load(argument[1]))
         else:
-            self._pop(1 - effect)
-            stack.append(_UNKNOWN)
-        if opname.startswith(("RETURN", "RAISE", "RERAISE", "JUMP_FORWARD", "JUMP_BACKWARD", "JUMP_ABSOLUTE")):
+            stack.do(instruction, effect)
+        if ends_here(opname):
             stack.clear()
 
     def _load(self, name: str) -> _Origin:
@@ -435,10 +498,3 @@ def _made_from(*operands: _Origin) -> _Origin:
         if operand[0] is _MADE_FROM:
             return operand
     return _UNKNOWN
-
-
-_PUSHES_NOTHING = (
-    "STORE_", "DELETE_", "POP_", "RETURN_", "RAISE_", "RERAISE", "JUMP_", "RESUME", "NOP", "PRECALL", "KW_NAMES",
-    "PUSH_", "COPY_FREE_VARS", "MAKE_CELL", "EXTENDED_ARG", "SWAP", "ROT_", "CACHE", "LIST_APPEND", "SET_ADD",
-    "MAP_ADD", "LIST_EXTEND", "SET_UPDATE", "DICT_UPDATE", "DICT_MERGE", "END_", "GEN_START",
-)  # fmt: skip

@@ -10,6 +10,7 @@ This module does not import torch.
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 import types
 import weakref
@@ -57,6 +58,18 @@ def items_of(value: object) -> Collection[Any]:
     if isinstance(value, types.SimpleNamespace):
         return vars(value).values()
     return value.values() if isinstance(value, Mapping) else value  # type: ignore[return-value]
+
+
+def parts_of(value: object, depth: int = 0) -> Iterator[object]:
+    """Yield a value, or what lies in a container and in those inside it, without what wraps it."""
+    if is_container(value):
+        items = items_of(value)
+        for item in () if depth == MOST_CONTAINERS or _PLAIN.issuperset(map(type, items)) else tuple(items):
+            yield from parts_of(item, depth + 1)
+        return
+    while isinstance(value, (functools.partial, staticmethod, classmethod)):
+        value = value.func if isinstance(value, functools.partial) else value.__func__
+    yield value
 
 
 def is_code(value: object) -> bool:

@@ -48,8 +48,11 @@ from torchcache.keys.places import (
     ResultsOf,
     defaults_of,
     is_module,
+    package_of,
     reference,
 )
+from torchcache.keys.randomness import Draws, leads_to_entropy
+from torchcache.keys.reach import Reach, defines
 
 __all__ = [
     "MISSING",
@@ -58,6 +61,7 @@ __all__ = [
     "StandIn",
     "Writes",
     "fingerprint_code",
+    "is_bound_to_object",
     "is_own_class",
     "is_own_module",
     "unwrap",
@@ -99,6 +103,14 @@ _MOST_OF_LIBRARY = 200
 
 _NUMBERS = (int, float, complex, bool)
 
+#: Names with which code can make results of the state of a random number generator without drawing from it. Arrays and
+#: containers have a method ``copy`` too; the module and the function of that name are globals.
+_READERS_OF_GENERATORS = frozenset({
+    "getstate", "get_state", "clone_state", "graphsafe_get_state", "bit_generator", "_bit_generator", "seed_seq",
+    "_seed_seq", "initial_seed", "jumped", "deepcopy", "dumps", "__getstate__", "__reduce__", "__reduce_ex__",
+})  # fmt: skip
+_COPY = "copy"
+
 
 @dataclass(slots=True)
 class CodeWalk:
@@ -112,6 +124,8 @@ class CodeWalk:
             one of a label is "function helper (2)".
         classes: The classes of the user's own that were visited.
         talks: What the code that runs has to do with other ranks.
+        reads_generators: Whether the code that runs may read the state of a random number generator.
+        draws: What it may draw random numbers from that no seed decides.
     """
 
     fingerprint: bytes = b""
@@ -120,6 +134,8 @@ class CodeWalk:
     parts: list[tuple[str, bytes]] = field(default_factory=list)
     classes: tuple[type, ...] = ()
     talks: Talks = field(default_factory=Talks)
+    reads_generators: bool = False
+    draws: Draws = field(default_factory=Draws)
     _watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
     def has_changed(self) -> bool:
@@ -167,6 +183,7 @@ def walk_code(
         else:
             entries |= walk.visit_held(part)
     walk.note_what_runs(entries, target)
+    walk.note_draws({id(target): target, **roots}.values())
     for part in roots.values():
         walk.note_held(part)
     return walk.result()
@@ -206,6 +223,10 @@ class _Walk:
         self._function_names: list[Name] = []  # of attributes of functions
         self._functions: dict[str, list[types.FunctionType]] = {}  # by the names they were reached by
         self._classes: list[type] = []
+        self._class_names: dict[str, list[type]] = {}  # classes by the names they were reached by
+        self._object_classes: list[type] = []
+        self._entropy: dict[str, object] = {}  # attributes that lead to it
+        self._runnable: dict[str, list[tuple[type | None, types.FunctionType]]] = {}
         self._is_of_library = home is not None and home not in UNCOUNTED
         self._library_left = _MOST_OF_LIBRARY
         self._is_weak = False  # what is visited belongs to somebody's state, and must not live for the walk
@@ -249,22 +270,24 @@ class _Walk:
             self._visit_function(value, label)
             return True
         if isinstance(value, type):
+            self._class_names.setdefault(_last_name(label), []).append(value)
             self.visit_class(value)
             return True
         if isinstance(value, types.ModuleType):
             name = getattr(value, "__name__", None)
             self._stop_at(origin_of_module(name), label, name if isinstance(name, str) else "")
-            return True
+            return sys.modules.get(str(name)) is value
         if isinstance(value, _BUILTIN):
             owner = getattr(value, "__objclass__", None) or type(getattr(value, "__self__", None))
             module = str(getattr(value, "__module__", None) or owner.__module__)
             self._say(f"builtin {label}", module, getattr(value, "__qualname__", ""))
-            return True
+            return not is_bound_to_object(value)
         if isinstance(value, (staticmethod, classmethod, property)):
             self._say(f"{type(value).__name__} {label}")
             for name in _inside(value, weak=self._is_weak):
                 self._visit_inner(name, f"{label}.{name.key}" if isinstance(value, property) else label)
-            return True
+            parts = [value.fget, value.fset, value.fdel] if isinstance(value, property) else [value.__func__]
+            return all(part is None or isinstance(part, types.FunctionType) for part in parts)
         if isinstance(value, types.MethodType):
             self.visit(value.__func__, label)
             return self.visit(value.__self__, f"{label}.__self__")
@@ -289,6 +312,7 @@ class _Walk:
             if self._again("class", base, base.__name__):
                 continue
             self._classes.append(base)
+            self._class_names.setdefault(base.__name__, []).append(base)
             self._watch.add_class(base)
             self._watch.add_whole(vars(base))
             kept = {name: value for name, value in sorted(vars(base).items()) if _counts(name, value)}
@@ -301,6 +325,7 @@ class _Walk:
                     value = original  # noqa: PLW2901 - what the class said itself
                     self.visit(value, f"{base.__name__}.{name}")
                     continue
+                self._note_entropy(name, value)
                 place = Name(f"{base.__name__}.{name}", vars(base), name, origin is None)
                 self._visit_name(place, place.label, is_data=not name.startswith("__"))
 
@@ -326,7 +351,7 @@ class _Walk:
                 for name in _inside(function, weak=self._is_weak):
                     self._visit_inner(name, label, is_data=not name.key.startswith("__"))
             return
-        self._functions.setdefault(label.rpartition(".")[2], []).append(function)
+        self._functions.setdefault(_last_name(label), []).append(function)
         if self._again("function", function, label):
             return
         is_own = origin is None
@@ -466,6 +491,7 @@ class _Walk:
             return
         origin = origin_of_class(type(value))
         self.visit_class(type(value))
+        self._object_classes.append(type(value))
         if is_module(value):
             for module in value.modules():
                 self.visit_class(type(module))
@@ -478,6 +504,7 @@ class _Walk:
         is_own = self._is_own(origin)
         for name in _inside(value, weak=self._is_weak):
             held = name.read()
+            self._note_entropy(name.key, held)
             if self._leads_to_own(held):
                 self._visit_inner(name, _label_inside(label, name.key))
             elif is_own:
@@ -533,7 +560,7 @@ class _Walk:
     ) -> None:
         """Follow an import inside a function."""
         try:
-            full = importlib.util.resolve_name("." * level + module, _package_of(function)) if level else module
+            full = importlib.util.resolve_name("." * level + module, package_of(function)) if level else module
             origin = find_origin(full)
         except Exception:  # noqa: BLE001 - the search runs the user's code, too
             self._watch.add(Name(module, sys.modules, module), MISSING)
@@ -596,6 +623,7 @@ class _Walk:
             for name, found in by_name.items()
             if any(owner and id(function) in targets for owner, function in found)
         }
+        self._runnable = by_name
         special = {name for name in by_name if name.startswith("__") and name not in _BUILDERS}
         waiting, known = sorted({*entries, *special} - _BUILDERS), {*entries, *special, *_BUILDERS}
         noted: set[tuple[type | None, int]] = set()
@@ -609,12 +637,47 @@ class _Walk:
                 talks.note(function)
                 reads = reads_of(function.__code__)
                 reached = {*reads.attributes, *reads.names}
+                if _COPY in reads.names or not _READERS_OF_GENERATORS.isdisjoint(reached):
+                    self._found.reads_generators = True
                 waiting.extend(reached - known)
                 known |= reached
 
+    def note_draws(self, roots: Iterable[object]) -> None:
+        """Note what the code that runs may draw random numbers from.
+
+        A false alarm turns a cache off, so this looks closer at what runs than ``note_what_runs``: of a class that is
+        used, other methods may draw.
+
+        Args:
+            roots: The target, and the code in its state.
+        """
+        roots = list(roots)
+        methods = {name for name, found in self._runnable.items() if any(owner is not None for owner, _ in found)}
+        functions = dict(self._runnable)
+        for label, found in self._functions.items():
+            table, bracket, _ = label.partition("[")
+            if bracket:  # code says the name of the table
+                functions[table] = [*functions.get(table, ()), *((None, function) for function in found)]
+        live = [*self._object_classes, *(root for root in roots if isinstance(root, type))]
+        target = roots[0]
+        is_map = isinstance(target, type) and defines(target, "__getitem__") and not defines(target, "forward")
+        reach = Reach(functions, self._class_names, live, self._own_code_in, is_map=is_map)
+        for root in roots:
+            if not isinstance(root, type):
+                reach.follow(root)
+        draws = self._found.draws = Draws(self._entropy, methods)
+        for function in reach.run():
+            draws.note(function)
+
+    def _note_entropy(self, key: str, value: object) -> None:
+        """Note an attribute that leads to entropy."""
+        if leads_to_entropy(value):
+            self._entropy[key] = value
+
     def note_held(self, value: object) -> None:
-        """Note that the state holds something that talks to other ranks; the code that runs may use it."""
+        """Note that the state holds something that talks to other ranks or draws; the code that runs may use it."""
         self._found.talks.note_value(value)
+        self._found.draws.note_held(value)
 
     def _own_functions_in(self, value: object) -> list[types.FunctionType]:
         """Return the functions of the user's own that calling ``value`` runs, through wrappers of anybody's."""
@@ -622,6 +685,15 @@ class _Walk:
             found for found in _opened(value, self._is_own)
             if isinstance(found, types.FunctionType) and self._is_own(origin_of_function(found))
         ]  # fmt: skip
+
+    def _own_code_in(self, value: object) -> Iterator[types.FunctionType | type]:
+        """Yield the functions of the user's own that lie in a value, and the classes of what else does."""
+        for found in _opened(value, self._is_own, into_own=False):
+            if isinstance(found, types.FunctionType):
+                if self._is_own(origin_of_function(found)):
+                    yield found
+            elif not isinstance(found, types.ModuleType):
+                yield found if isinstance(found, type) else type(found)
 
     # -- where it stops -----------------------------------------------------------------------------------
 
@@ -688,6 +760,13 @@ def _is_ours(value: object) -> bool:
         and "__torchcache_original__" in vars(value)
         and origin_of_function(value) == "torchcache"
     )
+
+
+def is_bound_to_object(value: object) -> bool:
+    """Tell whether a function of C is a method of an object, which is data beside it."""
+    owner = getattr(value, "__self__", None)
+    is_code = owner is None or isinstance(owner, (type, types.ModuleType))
+    return not is_code and type(owner).__name__ != "PyCapsule"  # as functions of pybind11 have one
 
 
 def _counts(name: object, value: object) -> bool:
@@ -800,7 +879,8 @@ def _attributes(value: object, *, weak: bool) -> list[Name]:
 
 def _script_of(value: object) -> str | None:
     """Return the text of what torch.jit compiled, without the places of its source; None of anything else."""
-    if type(value).__module__.partition(".")[0] != "torch" or not hasattr(type(value), "inlined_graph"):
+    module = str(type(value).__module__)  # of what Cython compiled, it may be no text
+    if module.partition(".")[0] != "torch" or not hasattr(type(value), "inlined_graph"):
         return None
     try:
         graph = str(value.inlined_graph)  # type: ignore[attr-defined]
@@ -809,13 +889,9 @@ def _script_of(value: object) -> str | None:
     return "\n".join(line.partition(" # ")[0] for line in graph.splitlines())
 
 
-def _package_of(function: types.FunctionType) -> str:
-    names = function.__globals__
-    package, name = names.get("__package__"), names.get("__name__")
-    if isinstance(package, str):
-        return package
-    name = name if isinstance(name, str) else ""
-    return name if "__path__" in names else name.rpartition(".")[0]
+def _last_name(label: str) -> str:
+    """Return the name that code reads of a label."""
+    return label.rpartition(".")[2]
 
 
 def _label_inside(label: str, key: str) -> str:

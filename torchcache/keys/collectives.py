@@ -6,13 +6,12 @@ and the others would wait for it until they time out.
 
 from __future__ import annotations
 
-import functools
 import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 
 from torchcache.keys.bytecode import Reads, all_codes, reads_of
-from torchcache.keys.changes import is_container, items_of
+from torchcache.keys.changes import parts_of
 from torchcache.keys.places import MISSING, ClosureOf, defaults_of, reference
 
 _DISTRIBUTED = "torch.distributed"
@@ -130,7 +129,7 @@ class Talks:
             value: It.
             is_end: Whether the value itself is used, where it is a module, and not an attribute of it that is known.
         """
-        for item in _parts(value):
+        for item in parts_of(value):
             if isinstance(item, types.ModuleType):
                 if is_module_of_torch(item):
                     self.reaches = True
@@ -194,7 +193,7 @@ def held_by(classes: Iterable[type]) -> dict[str, object]:
         name: value
         for cls in classes
         for name, value in vars(cls).items()
-        if any(is_module_of_torch(item) or _is_of_torch(item) for item in _parts(value))
+        if any(is_module_of_torch(item) or _is_of_torch(item) for item in parts_of(value))
     }
 
 
@@ -238,14 +237,6 @@ def _is_of_torch(value: object) -> bool:
     """Tell whether a value is a class or a function of torch.distributed, or an object of such a class."""
     named = value if isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)) else type(value)
     return str(named.__module__).startswith(_HOMES)
-
-
-def _parts(value: object) -> Iterator[object]:
-    """Yield a value, or the items of a container, without what wraps them."""
-    for item in items_of(value) if is_container(value) else (value,):
-        while isinstance(item, (functools.partial, staticmethod, classmethod)):
-            item = item.func if isinstance(item, functools.partial) else item.__func__  # noqa: PLW2901
-        yield item
 
 
 def _imports_module(reads: Reads) -> bool:

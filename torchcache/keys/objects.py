@@ -5,15 +5,27 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
 
 from torchcache.keys.changes import is_container
 from torchcache.keys.code import Writes, walk_code
 from torchcache.keys.collectives import Talks
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.state import StateTracker
-from torchcache.keys.values import encode_whole
+from torchcache.keys.values import Observer, encode_value
+
+
+class UnknownNamesError(Exception):
+    """There is nothing to ignore at ``name``; ``there`` is where something is."""
+
+    def __init__(self, name: str, there: Sequence[str]) -> None:
+        super().__init__(name)
+        self.name = name
+        self.there = there
+
 
 #: State names code, whose walk says which attributes count; after so many rounds that stands still.
 _MOST_ROUNDS = 4
@@ -26,16 +38,18 @@ class ObjectState:
     Attributes:
         digest: Of all that counts.
         code: The functions and classes that it holds.
-        unnamed: Where it holds something without a stable name, and of what type.
+        opaque: Where it holds something that cannot be seen, and of what type.
+        generators: The random number generators that it leads to, which another process has copies of.
     """
 
     digest: bytes
     code: tuple[object, ...] = ()
-    unnamed: tuple[tuple[str, str], ...] = ()
+    opaque: tuple[tuple[str, str], ...] = ()
+    generators: tuple[object, ...] = ()
 
     def can_travel(self) -> bool:
-        """Tell whether all of the code is found by its name in another process too."""
-        return all(map(_is_found_by_name, self.code))
+        """Tell whether all of it is found in another process too: its code is, by its name, generators are not."""
+        return not self.generators and all(map(_is_found_by_name, self.code))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,45 +58,62 @@ class Findings:
 
     Attributes:
         parts: Name and digest of each thing that makes its results what they are.
-        unnamed: Where it holds something without a stable name, and of what type.
+        opaque: Where it holds something that cannot be seen, and of what type.
+        generators: The random number generators that it leads to.
         classes: The user's own classes that the code refers to.
         talks: What the code has to do with other ranks.
+        entropy: What the code may draw random numbers from that no seed decides.
     """
 
     parts: tuple[tuple[str, bytes], ...]
-    unnamed: tuple[tuple[str, str], ...] = ()
+    opaque: tuple[tuple[str, str], ...] = ()
+    generators: tuple[object, ...] = ()
     classes: tuple[type, ...] = ()
     talks: Talks | None = None
+    entropy: tuple[str, ...] = ()
 
 
-def look_at_state(held: Mapping[str, object], target: type | Callable[..., object]) -> ObjectState:
+def look_at_state(
+    held: Mapping[str, object], target: type | Callable[..., object], ignored: Sequence[str] = ()
+) -> ObjectState:
     """Look at all that makes the state of an object.
 
     Args:
         held: The object, and what else is used with it, by what to call them.
         target: The class or function whose code runs: what it writes and does not read shapes nothing.
+        ignored: What does not count: attributes by their path, from the object on.
+
+    Raises:
+        UnknownNamesError: If there is nothing at one of these paths.
     """
-    writes = walk_code(target).writes
+    walk = walk_code(target)
     rounds = 0
     while True:
         rounds += 1
-        look = _Look(writes)
+        look = _Look(walk.writes, ignored, counts_generators=walk.reads_generators)
         parts: list[bytes] = []
         for name, value in held.items():
-            encoded = encode_whole(value, name, look.note_code, look.note_unnamed, look.leaves_out)
-            parts += [name.encode(), encoded]
+            parts += [name.encode(), encode_value(value, name, look)]
         code = tuple(look.code.values())
-        writes = walk_code(target, code).writes
-        if look.would_agree(writes) or rounds == _MOST_ROUNDS:
-            return ObjectState(digest_parts(parts), code, tuple(look.unnamed))
+        walk = walk_code(target, code)
+        if (
+            look.would_agree(walk.writes) and walk.reads_generators == look.counts_generators
+        ) or rounds == _MOST_ROUNDS:
+            look.check_ignored()
+            generators = tuple(look.generators.values())
+            return ObjectState(digest_parts(parts), code, tuple(look.opaque), generators)
 
 
-def find_out(state: ObjectState, target: type | Callable[..., object]) -> Findings:
+def find_out(
+    state: ObjectState, target: type | Callable[..., object], computes: Callable[..., object] | None = None
+) -> Findings:
     """Add to the state of an object the code that runs, and the globals that the code refers to.
 
     Args:
         state: What ``look_at_state`` returned, perhaps in another process.
         target: The class or function whose code runs.
+        computes: What of it computes a result, if not all of it does: random numbers that other code draws do not
+            matter.
     """
     tracker = StateTracker(None)
     roots = list(state.code)
@@ -96,13 +127,15 @@ def find_out(state: ObjectState, target: type | Callable[..., object]) -> Findin
     tracker.follow(walk, roots, b"", walk.talks)
     tracker.fingerprint()
     values = [(name, digest) for name, digest in tracker.describe() if name != "mode"]
-    unnamed = [*state.unnamed, *tracker.unnamed, *((name, "Tensor") for name, digest in values if digest == _OPAQUE)]
+    opaque = [*state.opaque, *tracker.opaque, *((name, "Tensor") for name, digest in values if digest == _OPAQUE)]
     code = [(f"code {name}", digest) for name, digest in walk.parts]
     return Findings(
         parts=(*code, ("code", walk.fingerprint), ("state", state.digest), *values),
-        unnamed=tuple(unnamed),
+        opaque=tuple(opaque),
+        generators=(*state.generators, *tracker.generators),
         classes=walk.classes,
         talks=walk.talks,
+        entropy=(walk if computes is None else walk_code(computes)).draws.sources,
     )
 
 
@@ -110,35 +143,65 @@ def find_out(state: ObjectState, target: type | Callable[..., object]) -> Findin
 _OPAQUE = digest_parts([b"opaque"])
 
 
-class _Look:
-    """What one encoding came upon, and which attributes it left out."""
+class _Look(Observer):
+    """What one encoding came upon, and which attributes it left out: all counts by value, however large."""
 
-    def __init__(self, writes: Writes) -> None:
+    asks_for_state = True
+    looks_again = False
+
+    def __init__(self, writes: Writes, ignored: Sequence[str], *, counts_generators: bool) -> None:
         self._writes = writes
         self._asked: dict[tuple[type, str, bool], bool] = {}
         self._is_derived: dict[tuple[type, str], bool] = {}
+        self._ignored = frozenset(ignored)
+        self._come_upon: set[str] = set()
+        self._paths: set[str] = set()
+        self.counts_generators = counts_generators
         self.code: dict[int, object] = {}
-        self.unnamed: list[tuple[str, str]] = []
+        self.opaque: list[tuple[str, str]] = []
+        self.generators: dict[int, object] = {}
+
+    def refer(self, value: torch.nn.Module | torch.Tensor, path: str) -> bytes | None:  # noqa: ARG002 - as of Observer
+        return None
 
     def note_code(self, code: object) -> None:
         if isinstance(code, type) or inspect.isfunction(code):
             self.code.setdefault(id(code), code)
 
-    def note_unnamed(self, path: str, type_name: str) -> None:
-        self.unnamed.append((path, type_name))
+    def note_opaque(self, path: str, value: object) -> None:
+        self.opaque.append((path, type(value).__qualname__))
 
-    def leaves_out(self, cls: type, key: str, value: object) -> bool:
-        """Tell whether an attribute is ours, is made of others, or is written by the code that runs and not read."""
-        if (cls, key) not in self._is_derived:  # asking the class costs more than the rest
-            is_ours = key.startswith(("torchcache_", "_torchcache_")) or key == "cache_instance"
-            static = inspect.getattr_static(cls, key, None)
-            self._is_derived[cls, key] = is_ours or isinstance(static, functools.cached_property)
-        if self._is_derived[cls, key] or (key == "forward" and hasattr(value, "__torchcache_original__")):
+    def note_generator(self, generator: object) -> None:
+        self.generators.setdefault(id(generator), generator)
+
+    def leaves_out(self, owner: object, name: str, value: object, path: str) -> bool:
+        """Tell whether an attribute is ours, is made of others, is to be ignored, or is written and not read."""
+        cls = type(owner)
+        if self._ignored and self._is_ignored(path):
             return True
-        asked = cls, key, is_container(value)
+        if (cls, name) not in self._is_derived:  # asking the class costs more than the rest
+            is_ours = name.startswith(("torchcache_", "_torchcache_")) or name == "cache_instance"
+            static = inspect.getattr_static(cls, name, None)
+            self._is_derived[cls, name] = is_ours or isinstance(static, functools.cached_property)
+        if self._is_derived[cls, name] or (name == "forward" and hasattr(value, "__torchcache_original__")):
+            return True
+        asked = cls, name, is_container(value)
         if asked not in self._asked:
-            self._asked[asked] = self._writes.leave_out_attribute(cls, key, is_container=asked[2])
+            self._asked[asked] = self._writes.leave_out_attribute(cls, name, is_container=asked[2])
         return self._asked[asked]
+
+    def _is_ignored(self, path: str) -> bool:
+        inner = path.partition(".")[2]  # without what the object itself is called
+        self._paths.add(inner)
+        if inner in self._ignored:
+            self._come_upon.add(inner)
+        return inner in self._ignored
+
+    def check_ignored(self) -> None:
+        """Raise UnknownNamesError if a name to be ignored was not come upon."""
+        unknown = sorted(self._ignored - self._come_upon)
+        if unknown:
+            raise UnknownNamesError(unknown[0], sorted(self._paths))
 
     def would_agree(self, writes: Writes) -> bool:
         """Tell whether the same attributes are left out by another walk."""

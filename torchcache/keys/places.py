@@ -159,6 +159,16 @@ def is_module(value: object) -> bool:
     return "_modules" in getattr(value, "__dict__", ()) and callable(getattr(type(value), "modules", None))
 
 
+def package_of(function: types.FunctionType) -> str:
+    """Return the package that relative imports of a function start from."""
+    names = function.__globals__
+    package, name = names.get("__package__"), names.get("__name__")
+    if isinstance(package, str):
+        return package
+    name = name if isinstance(name, str) else ""
+    return name if "__path__" in names else name.rpartition(".")[0]
+
+
 def defaults_of(function: types.FunctionType) -> list[tuple[str, object]]:
     """Return the defaults of a function with the keys that ``DefaultsOf`` knows them by."""
     values = function.__defaults__ or ()

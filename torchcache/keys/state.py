@@ -8,28 +8,19 @@ moved, for sparse writes that bypass torch's version counters.
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import itertools
-import marshal
-import threading
 import time
 import types
 import weakref
-from array import array
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextvars import ContextVar
-from functools import lru_cache
-from operator import attrgetter, getitem, itemgetter
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
-from torch.utils.hooks import RemovableHandle
 
+from torchcache.keys.attributes import attributes_of, slots_of
 from torchcache.keys.code import MISSING, CodeWalk, Name, StandIn, unwrap
 from torchcache.keys.collectives import (
     Talks,
@@ -39,22 +30,14 @@ from torchcache.keys.collectives import (
     is_spanning,
     plain_class,
 )
-from torchcache.keys.dict_versions import Reader, versions_of
 from torchcache.keys.digest import digest_parts
-from torchcache.keys.mode import ambient_reason, autocast_in_force, current_mode
-from torchcache.keys.places import AttributesOf
+from torchcache.keys.mode import ambient_reason, current_mode
+from torchcache.keys.places import DEFAULT, AttributesOf
+from torchcache.keys.plain import type_name
 from torchcache.keys.ranks import has_other_ranks, rank_and_size
-from torchcache.keys.tensor_digest import is_freed
-from torchcache.keys.values import (
-    GENERATORS,
-    attributes_of,
-    encode_compiler,
-    encode_content,
-    encode_plain,
-    encode_state,
-    slots_of,
-    type_name,
-)
+from torchcache.keys.values import Look, Observer, encode_compiler, encode_tensor, encode_value, inner_tensors
+from torchcache.keys.watched import Watched
+from torchcache.keys.weights import Marks, probes_of
 
 #: Attributes of ``nn.Module`` that are bookkeeping, not state of their own.
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
@@ -80,31 +63,7 @@ _CROSSING_CALLS = 100
 _AUDIT_CALLS = 1000
 _AUDIT_SHARE = 0.01
 
-_PROBE_BYTES = 64
-
 _NUMBERS = (int, float, complex, bool)
-_COMPARABLE = (str, bytes, type(None), nn.Module, torch.Tensor)
-_CONTAINERS = (list, dict, set, deque, bytearray, np.ndarray)
-#: Objects without attributes that change all the same.
-_ENCODED_EACH_TIME = (*GENERATORS, threading.Event, ContextVar, array, itertools.count, itertools.cycle)
-_CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, StandIn)
-
-#: Objects inside objects are watched so deep.
-_WATCH_DEPTH = 32
-
-#: Containers of up to so many items, inner ones included, are compared by value at each call; those of plain
-#: values cost little and may be larger. Larger ones are compared item by item without looking inside, and the
-#: largest by their length, until something else moves or all is looked at again.
-_MANY_ITEMS = 64
-_MANY_PLAIN_ITEMS = 4096
-_MOST_ITEMS = 131_072
-
-#: Arrays of up to so many bytes are hashed at each call (30 us a MiB); of larger ones every so many elements count.
-_MANY_BYTES = 1 << 20
-_SAMPLED_ELEMENTS = 4096
-
-#: So many objects that lie in large containers are watched.
-_MOST_WATCHED = 10_000
 
 #: Reasons for which there are no weights to look at.
 _WITHOUT_WEIGHTS = ("uninitialized_parameters", "meta_tensor", "opaque_weights")
@@ -123,11 +82,15 @@ class StateTracker:
             function.
         is_inside: Whether calls of the module itself, with its hooks, may come from inside what is cached, as
             they may from a method.
+
+    Attributes:
+        ignored: What does not count: attributes, globals and closure variables by their path.
     """
 
     def __init__(self, instance: weakref.ref[Any] | None, *, is_inside: bool = False) -> None:
         self._instance = instance
         self._is_inside = is_inside
+        self.ignored: frozenset[str] = frozenset()
         self._walk: CodeWalk | None = None
         self._roots: list[object] = []
         self._salt = b""
@@ -184,6 +147,10 @@ class StateTracker:
         # Before what a rank's own state says: all ranks must come to the same.
         if self.crossings and has_other_ranks():
             return "collectives"
+        if self.opaque:
+            return "opaque_state"
+        if self.entropy:
+            return "random_numbers"
         if not self._fingerprint:
             return "state_changes_at_every_call"
         if self._has_opaque_weights:
@@ -196,6 +163,11 @@ class StateTracker:
         return self._collectives + (self._snapshot.crossings if self._snapshot else [])
 
     @property
+    def entropy(self) -> tuple[str, ...]:
+        """What the code may draw random numbers from that no seed decides."""
+        return () if self._walk is None else self._walk.draws.sources
+
+    @property
     def parameters(self) -> list[torch.Tensor]:
         """The parameters last seen, in the order of the module tree."""
         return self._snapshot.parameters if self._snapshot else []
@@ -206,9 +178,22 @@ class StateTracker:
         return self._snapshot is not None and self._snapshot.requires_grad
 
     @property
-    def unnamed(self) -> list[tuple[str, str]]:
-        """Where the state last seen holds something without a stable name, and of what type."""
-        return self._snapshot.unnamed if self._snapshot else []
+    def opaque(self) -> list[tuple[str, str]]:
+        """Where the state last seen holds something that cannot be seen, and of what type."""
+        return self._snapshot.opaque if self._snapshot else []
+
+    @property
+    def generators(self) -> list[object]:
+        """The random number generators that the state last seen leads to."""
+        return self._snapshot.generators if self._snapshot else []
+
+    @property
+    def unknown_names(self) -> dict[str, list[str]]:
+        """Names that were to be ignored and are not in the state last seen, each with those that are there."""
+        if self._snapshot is None:
+            return {}
+        there = sorted(self._snapshot.paths)
+        return dict.fromkeys(sorted(self.ignored - self._snapshot.ignored), there)
 
     @property
     def has_inner_hooks(self) -> bool:
@@ -263,12 +248,13 @@ class StateTracker:
         """Return the parts of the fingerprint by name, each with its digest, from a new look at everything."""
         snapshot = self._take(self._walk)
         parts: Parts = [("mode", repr(self._current_mode()).encode())]
-        parts += [(f"weights {name}", encode_content(t) or b"opaque") for name, t in snapshot.named_tensors]
+        parts += [(f"weights {name}", encode_tensor(t) or b"opaque") for name, t in snapshot.named_tensors]
         parts += [(f"state {name}", value) for name, value in snapshot.parts]
         return [(name, digest_parts([value])) for name, value in parts]
 
     def _take(self, walk: CodeWalk | None) -> _Snapshot:
-        return _Snapshot(None if self._instance is None else self._instance(), walk, is_inside=self._is_inside)
+        root = None if self._instance is None else self._instance()
+        return _Snapshot(root, walk, is_inside=self._is_inside, ignored=self.ignored)
 
     def _current_mode(self) -> tuple[object, ...]:
         """Return the mode, and the rank for code that asks for it: its results are each rank's own.
@@ -305,7 +291,7 @@ class StateTracker:
 
     def _hash_weights(self) -> None:
         assert self._snapshot is not None
-        digests = [encode_content(tensor) for tensor in self._snapshot.tensors]
+        digests = [encode_tensor(tensor) for tensor in self._snapshot.tensors]
         self._has_opaque_weights = None in digests
         self._weights = digest_parts(digest or b"" for digest in digests)
         self._hashed_marks = self._snapshot.seen_weights()
@@ -318,169 +304,49 @@ class StateTracker:
         return time.monotonic() - self._hashed_at > self._look_seconds / _AUDIT_SHARE
 
 
-class _Places:
-    """Where the counted values lie that a change would be assigned to: dictionaries, slots, variables.
-
-    Dictionaries of the same keys are read by one ``itemgetter`` each, which costs a tenth of a microsecond.
-    Numbers are compared as marshalled bytes, because equal ones of another type (1 and True), and 0.0 and -0.0,
-    compare equal; texts, modules and tensors by ``==``, which asks for identity first; anything else by identity
-    alone: equal dictionaries may have another order, and a class may call anything equal. What was seen is
-    held, so an identity cannot be another object's by now.
-
-    Where the interpreter numbers the changes of dictionaries, all of that is asked only once one was changed.
-    """
-
-    def __init__(self) -> None:
-        self._keys: list[tuple[Mapping[str, Any], tuple[str, ...]]] = []
-        self._sized: list[Sized] = []
-        self._without_hooks: list[Sized] = []
-        self._hooks_ever = 0
-        self._ordered: list[Mapping[str, Any]] = []
-        self._slotted: list[object] = []
-        self._named: list[Name] = []
-        self._numbers: list[tuple[itemgetter[Any], list[Mapping[str, Any]]]] = []
-        self._comparable: list[tuple[itemgetter[Any], list[Mapping[str, Any]]]] = []
-        self._owners: list[Mapping[str, Any]] = []  # of the values that are compared by identity,
-        self._owned: list[str] = []  # under these keys
-        self._held: list[object] = []
-        self._seen: tuple[object, ...] = ()
-        self._seen_names: list[int] = []
-        self._plain: list[dict[str, Any]] = []  # kept alive for their versions
-        self._read_versions: Reader | None = None
-        self._versions = b""
-
-    def watch(self, values: Mapping[str, Any], keys: Iterable[str], *, may_grow: bool = True) -> None:
-        """Watch some keys of a dictionary, and its length if it may grow."""
-        self._keys.append((values, tuple(keys)))
-        if may_grow:
-            self._sized.append(values)
-
-    def watch_order(self, values: Mapping[str, Any]) -> None:
-        """Watch the order of a dictionary that code may go through."""
-        self._ordered.append(values)
-
-    def watch_for_hooks(self, hooks: Sized) -> None:
-        """Watch a dictionary of hooks that has none."""
-        self._without_hooks.append(hooks)
-
-    def watch_slots(self, value: object) -> None:
-        self._slotted.append(value)
-
-    def watch_names(self, names: Iterable[Name]) -> None:
-        self._named += names
-
-    def settle(self) -> None:
-        """Remember what is there now; nothing is watched afterwards that was not before."""
-        groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[Mapping[str, Any]]] = {}
-        for values, keys in self._keys:
-            numbers = tuple(key for key in keys if type(values[key]) in _NUMBERS)
-            comparable = tuple(key for key in keys if isinstance(values[key], _COMPARABLE))
-            groups.setdefault((numbers, comparable), []).append(values)
-            for key in keys:
-                if key not in numbers and key not in comparable:
-                    self._owners.append(values)
-                    self._owned.append(key)
-        for (numbers, comparable), members in groups.items():
-            if numbers:
-                self._numbers.append((itemgetter(*numbers), members))
-            if comparable:
-                self._comparable.append((itemgetter(*comparable), members))
-        watched = [values for values, _ in self._keys]
-        self._plain = [values for values in watched if isinstance(values, dict) and type(values) is dict]
-        if len(self._plain) == len(watched):
-            self._read_versions = versions_of(self._plain)
-        self._keys.clear()
-        self._hooks_ever = RemovableHandle.next_id
-        # Before the values: what changes in between is then looked at again.
-        self._versions = self._read_versions() if self._read_versions else b""
-        self._held = self._by_identity()
-        self._seen = self._read()
-        self._seen_names = self._names_by_identity()
-
-    def have_moved(self) -> bool:
-        """Tell whether anything differs from what was there; raises KeyError where something is gone."""
-        if self._have_got_hooks():
-            return True
-        if self._read_versions is None:
-            return self._read() != self._seen
-        versions = self._read_versions()
-        if versions == self._versions and self._names_by_identity() == self._seen_names:
-            return False
-        if self._read() != self._seen:
-            return True
-        self._versions = versions  # something changed that does not count
-        return False
-
-    def _names_by_identity(self) -> list[int]:
-        """Return the identities of what lies in variables and slots, which have no versions."""
-        ids = [id(name.read()) for name in self._named]
-        for slotted in self._slotted:
-            ids += map(id, (attributes_of(slotted) or {}).values())
-        return ids
-
-    def _have_got_hooks(self) -> bool:
-        """Tell whether hooks came; torch numbers them all, so mostly nobody has to be asked."""
-        if RemovableHandle.next_id == self._hooks_ever:
-            return False
-        if any(map(len, self._without_hooks)):
-            return True
-        self._hooks_ever = RemovableHandle.next_id
-        return False
-
-    def _read(self) -> tuple[object, ...]:
-        return (
-            list(map(len, self._sized)),
-            list(map(list, self._ordered)),
-            [list(map(getter, members)) for getter, members in self._comparable],
-            _dump([list(map(getter, members)) for getter, members in self._numbers]),
-            list(map(id, self._by_identity())),
-        )
-
-    def _by_identity(self) -> list[object]:
-        values: list[object] = list(map(getitem, self._owners, self._owned))
-        values += [name.read() for name in self._named]
-        for slotted in self._slotted:
-            values += (attributes_of(slotted) or {}).values()
-        return values
-
-
-class _Snapshot:
+class _Snapshot(Observer):
     """What one look at the state saw, in a form that the next call compares quickly."""
 
-    def __init__(self, root: object, walk: CodeWalk | None, *, is_inside: bool) -> None:
-        self._places = _Places()
+    def __init__(self, root: object, walk: CodeWalk | None, *, is_inside: bool, ignored: frozenset[str]) -> None:
+        self._watched = Watched()
+        self._places = self._watched.places
+        self._ignored = ignored
+        self.ignored: set[str] = set()  # those that were come upon
+        self.paths: set[str] = set()  # all that could be
         self._walk = walk
+        self.counts_generators = walk is not None and walk.reads_generators
         self._owner = root if not isinstance(root, nn.Module) else None  # what is looked at, if it is no module
         self._named = [] if walk is None else [
             name for name in walk.names
             if not walk.writes.leave_out_name(name.key, is_container=_is_container(name.read()))
             and (name.is_own or _is_constant_of_library(name.key, name.read()))
+            and not self._is_ignored(name.key.removesuffix(DEFAULT), name.label)
         ]  # fmt: skip
         self._modules: list[nn.Module] = []
         self._tensors: list[torch.Tensor] = []
         self.named_tensors: list[tuple[str, torch.Tensor]] = []
         self._known: dict[int, int] = {}  # id of a module or tensor -> its number
-        self._containers: list[tuple[object, Callable[[Any], object]]] = []
         self._code: dict[int, object] = {}
-        self.unnamed: list[tuple[str, str]] = []
+        self._generators: dict[int, object] = {}
+        self.opaque: list[tuple[str, str]] = []
         self.has_inner_hooks = False
         self.crossings: list[str] = []  # what of the state other ranks take part in
         self.parts: Parts = self._collect(root, is_inside=is_inside)
         self._owner = None  # it must not live for its snapshot
         self.code = list(self._code.values())
+        self.generators = list(self._generators.values())
         self.parameters: list[torch.Tensor] = [t for t in self._tensors if isinstance(t, nn.Parameter)]
-        self.requires_grad = any(map(_REQUIRES_GRAD, self.parameters))
+        self.requires_grad = any(parameter.requires_grad for parameter in self.parameters)
         self.bypass_reason = _bypass_reason(self._modules, self._tensors)
         self.tensors = [] if walk is None or self.bypass_reason in _WITHOUT_WEIGHTS else self._tensors
         self.plain = digest_parts(part for name, value in self.parts for part in (name.encode(), value))
         self._modules = [m for m in self._modules if m is not root]  # the root must not live for its snapshot
         self._classes = list(map(type, self._modules))
         self._places.watch_names(self._named)
-        self._places.settle()
-        self._contained = self._encode_containers()
-        self._marks = _Marks(self.tensors)
+        self._watched.settle()
+        self._marks = Marks(self.tensors)
         self._seen_marks, self._seen_forms = self._marks.read(), self._marks.forms()
-        self._probes = [probe for tensor in self.tensors for probe in _probes(tensor)]
+        self._probes = [probe for tensor in self.tensors for probe in probes_of(tensor)]
         self._seen_probes = b"".join(self._probes)
 
     def is_same(self, other: _Snapshot) -> bool:
@@ -493,19 +359,18 @@ class _Snapshot:
 
     def read_marks(self) -> object:
         """Return what torch says of all tensors now, whether they count or not."""
-        marks = _Marks(self._tensors)
+        marks = Marks(self._tensors)
         return marks.read(), marks.forms()
 
     def looks_moved(self) -> bool:
         """Compare with the present; costs tens of microseconds for a ViT-B."""
         try:
             return (
-                self._places.have_moved()
+                self._watched.have_moved()
                 or list(map(type, self._modules)) != self._classes
                 or self._marks.read() != self._seen_marks
                 or not self._marks.have_form(self._seen_forms)
                 or b"".join(self._probes) != self._seen_probes
-                or (bool(self._containers) and self._encode_containers() != self._contained)
             )
         except Exception:  # noqa: BLE001 - a foreign __eq__ may raise anything (a tensor's does); then look again
             return True
@@ -518,7 +383,7 @@ class _Snapshot:
             parts = self._collect_tree(root, "", inner=is_inside)
         else:
             parts = [] if root is None else self._collect_object(root)
-        parts += [(f"name {name.label}", self._encode(name.read(), name.label)) for name in self._named]
+        parts += [(f"name {name.label}", self._encode(name.read(), name.key)) for name in self._named]
         return parts
 
     def _collect_tree(self, root: nn.Module, prefix: str, *, inner: bool) -> Parts:
@@ -531,7 +396,7 @@ class _Snapshot:
             self._modules.append(module)
             is_inner = inner or module is not root
             cls = plain_class(type(module))
-            self._note_code(cls)
+            self.note_code(cls)
             self._note_crossings(path, module, is_inner=is_inner)
             parts.append((path or "module", type_name(cls)))
             if _is_compiled(module):
@@ -545,12 +410,12 @@ class _Snapshot:
         """Collect the object that a method belongs to, and that is no module: its attributes are its state."""
         cls = type(root)
         self._known[id(root)] = -1  # what of it counts is watched here
-        self._note_code(cls)
+        self.note_code(cls)
         attributes = attributes_of(root) or {}
         if self._walk is None:
             modules = [(key, value) for key, value in sorted(attributes.items()) if isinstance(value, nn.Module)]
             return [part for key, module in modules for part in self._collect_tree(module, key, inner=True)]
-        counted = [key for key, value in sorted(attributes.items()) if not self._is_left_out(root, key, value)]
+        counted = [key for key, value in sorted(attributes.items()) if not self._is_left_out(root, key, value, key)]
         plain = getattr(root, "__dict__", None)
         if isinstance(plain, dict):
             self._places.watch(plain, [key for key in counted if key in plain])
@@ -567,7 +432,7 @@ class _Snapshot:
             self._tensors += [t for t in attributes["_parameters"].values() if t is not None]
             return [(f"{prefix}training", str(module.training).encode())]
         parts: Parts = []
-        left_out = [key for key, value in attributes.items() if self._is_left_out(module, key, value)]
+        left_out = [k for k, value in attributes.items() if self._is_left_out(module, k, value, f"{prefix}{k}")]
         for key, value in sorted(attributes.items()):
             if key not in _MODULE_INTERNALS and key not in left_out:
                 parts.append((f"{prefix}{key}", self._encode(value, f"{prefix}{key}")))
@@ -613,10 +478,11 @@ class _Snapshot:
         self._places.watch(attributes["_modules"], attributes["_modules"])
         return encode_compiler(getattr(attributes["dynamo_ctx"], "callback", None))
 
-    def _is_left_out(self, owner: object, key: str, value: object) -> bool:
+    def _is_left_out(self, owner: object, key: str, value: object, path: str) -> bool:
         cls = type(owner)
         return (
-            key.startswith(("torchcache_", "_torchcache_"))
+            self._is_ignored(path)
+            or key.startswith(("torchcache_", "_torchcache_"))
             or key == "cache_instance"
             or is_note_of_torch(key)
             or (
@@ -627,62 +493,51 @@ class _Snapshot:
             or (isinstance(value, StandIn) and _is_method_of(value, owner, key))
         )
 
+    def _is_ignored(self, *paths: str) -> bool:
+        """Tell whether what lies at a path, or goes by several, is to be ignored."""
+        if not self._ignored:
+            return False
+        self.paths.update(paths)
+        found = self._ignored.intersection(paths)
+        self.ignored |= found
+        return bool(found)
+
     def _encode(self, value: object, path: str) -> bytes:
         if value is MISSING:
             return b"missing"
-        try:
-            self._watch(value, path, depth=0)
-            return self._encode_watched(value, path)
-        except RecursionError:
-            self._note_unnamed(path, type(value).__qualname__)
-            return type_name(type(value))
+        return encode_value(value, path, self, owner=self._owner)
 
-    def _encode_watched(self, value: object, path: str) -> bytes:
-        def refer(inner: nn.Module | torch.Tensor) -> bytes:
-            return self._refer(inner, path)
+    # -- what an encoding tells --------------------------------------------------------------------------------
 
-        return encode_state(value, path, refer, self._note_code, self._note_unnamed, owner=self._owner)
+    def refer(self, value: nn.Module | torch.Tensor, path: str) -> bytes:
+        return self._refer(value, path)
 
-    def _note_code(self, code: object) -> None:
+    def leaves_out(self, owner: object, name: str, value: object, path: str) -> bool:  # noqa: ARG002 - as of Observer
+        return self._is_ignored(path)
+
+    def note_code(self, code: object) -> None:
         if isinstance(code, (types.FunctionType, type)) or is_module_of_torch(code):
             self._code.setdefault(id(code), code)
 
-    def _note_unnamed(self, path: str, type_name: str) -> None:
-        self.unnamed.append((path, type_name))
+    def note_opaque(self, path: str, value: object) -> None:
+        self.opaque.append((path, type(value).__qualname__))
 
-    def _watch(self, value: object, path: str, *, depth: int) -> None:
-        """See to it that a change inside ``value`` is noticed at the next call."""
-        value = unwrap(value) if isinstance(value, StandIn) else value
-        if isinstance(value, types.MethodType):
-            value = value.__self__
-        if isinstance(value, (nn.Module, torch.Tensor, type, *_CODE)) or depth > _WATCH_DEPTH:
-            return
-        if isinstance(value, functools.partial):
-            self._watch((value.func, value.args, value.keywords), path, depth=depth)
-        elif isinstance(value, tuple):
-            for i, item in enumerate(value):
-                self._watch(item, f"{path}[{i}]", depth=depth + 1)
-        elif encode_plain(value) is not None or id(value) in self._known:
-            return
-        elif isinstance(value, _ENCODED_EACH_TIME):
-            self._known[id(value)] = -1
-            self._containers.append((value, lambda generator: encode_state(generator, path, _identity)))
-        elif isinstance(value, _CONTAINERS):
-            self._known[id(value)] = -1
-            way = _way_to_compare(value, path)
-            self._containers.append((value, way))
-            if way is _items:
-                for item in _items(value):
-                    if len(self._known) < _MOST_WATCHED:
-                        self._watch(item, path, depth=depth + 1)
-        elif (attributes := attributes_of(value)) is not None:
-            self._known[id(value)] = -1
-            if isinstance(plain := getattr(value, "__dict__", None), dict):
-                self._places.watch(plain, plain)
-            if len(attributes) != len(plain or ()):
-                self._places.watch_slots(value)
-            for name, item in attributes.items():
-                self._watch(item, f"{path}.{name}", depth=depth + 1)
+    def note_generator(self, generator: object) -> None:
+        self._generators.setdefault(id(generator), generator)
+
+    def note_container(self, value: object) -> bool:
+        return self._watched.add_container(value)
+
+    def note_attributes(self, value: object, names: Sequence[str]) -> None:
+        self._watched.add_attributes(value, names)
+
+    def note_array(self, value: np.ndarray[Any, Any]) -> None:
+        self._watched.add_array(value)
+
+    def note_content(self, value: object, look: Look, quick_look: Look | None) -> None:
+        self._watched.add_content(value, look, quick_look)
+
+    # -- modules and tensors -----------------------------------------------------------------------------------
 
     def _refer(self, value: nn.Module | torch.Tensor, path: str) -> bytes:
         """Name a module or tensor by its number; one that is not yet known is from now on."""
@@ -701,7 +556,7 @@ class _Snapshot:
             return digest_parts(
                 p for name, part in self._collect_tree(value, path, inner=True) for p in (name.encode(), part)
             )
-        inner = _inner_tensors(value)
+        inner = inner_tensors(value)
         if inner is not None:  # a wrapper around other tensors, which have the bytes
             self._known[id(value)] = -1
             if is_distributed_tensor(type(value)):
@@ -713,87 +568,6 @@ class _Snapshot:
         self.named_tensors.append((path, value))
         kind = "parameter" if isinstance(value, nn.Parameter) else "tensor"
         return f"{kind} {self._known[id(value)]}".encode()
-
-    # -- comparing -------------------------------------------------------------------------------------
-
-    def _encode_containers(self) -> list[object]:
-        return [way(value) for value, way in self._containers]
-
-
-class _Marks:
-    """What torch says of tensors without their bytes: where they lie, what form they have, how often written.
-
-    A write through ``.data`` counts no version, but the tensor it puts in place may lie elsewhere or, if it is a
-    part or a view of the old one, have another form. Built for speed: one call of C a tensor and question, and
-    for the form one for all, where torch's own guards of compiled code can be asked.
-    """
-
-    def __init__(self, tensors: Sequence[torch.Tensor]) -> None:
-        self._tensors = tensors
-        self._counted = [t for t in tensors if not t.is_inference()]  # the others count no versions
-        self._matrices = [t for t in tensors if t.dim() > 1]
-        self._guards: dict[tuple[object, ...], Any] = {}
-
-    def read(self) -> tuple[list[object], ...]:
-        """Return where the tensors lie and how often they were written."""
-        return list(map(_POINTER, self._tensors)), list(map(_VERSION, self._counted))
-
-    def forms(self) -> tuple[list[object], ...]:
-        """Return sizes, strides, dtypes, and who requires grad."""
-        return (
-            list(map(_BYTES, self._tensors)),
-            list(map(_STRIDES, self._matrices)),
-            list(map(_DTYPE, self._tensors)),
-            list(map(_REQUIRES_GRAD, self._tensors)),
-        )
-
-    def have_form(self, seen: tuple[list[object], ...]) -> bool:
-        """Tell whether ``forms`` would still return what was ``seen``."""
-        if not self._tensors:
-            return True
-        # What a guard sees depends on these: the tensors' dispatch keys are masked by them.
-        surroundings = torch.is_inference_mode_enabled(), autocast_in_force()
-        guard = self._guards.get(surroundings)
-        if guard is not None and guard.check(*self._tensors):
-            return True
-        if self.forms() != seen:
-            return False
-        if len(self._guards) < _MOST_GUARDS:
-            self._guards[surroundings] = _make_guard(self._tensors)
-        return True
-
-
-#: Guards are kept for so many surroundings (inference mode, autocast).
-_MOST_GUARDS = 8
-
-_POINTER = torch.Tensor.data_ptr
-_VERSION = attrgetter("_version")
-_BYTES = attrgetter("nbytes")
-_STRIDES = torch.Tensor.stride
-_DTYPE = attrgetter("dtype")
-_REQUIRES_GRAD = attrgetter("requires_grad")
-
-
-def _make_guard(tensors: Sequence[torch.Tensor]) -> Any:  # noqa: ANN401 - a class of torch without a public name
-    """Return torch's check that tensors keep their form; None where this torch has none that does."""
-    return _guard_of(tensors) if _guards_work() else None
-
-
-def _guard_of(tensors: Sequence[torch.Tensor]) -> Any:  # noqa: ANN401 - as above
-    guards: Any = torch._C._dynamo.guards  # noqa: SLF001 - what it promises is tried below
-    return guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
-
-
-@lru_cache(maxsize=1)
-def _guards_work() -> bool:
-    """Try the guards of this torch once: they are no public interface."""
-    tensor = torch.zeros(4, 4, device="cpu", dtype=torch.float32)
-    forms = (tensor.t(), tensor[:2], tensor.view(torch.int32), tensor.view(2, 8))
-    try:
-        guard = _guard_of([tensor])
-        return bool(guard.check(tensor)) and not any(map(guard.check, forms))
-    except Exception:  # noqa: BLE001 - whatever a later torch makes of it: the tensors are asked one by one
-        return False
 
 
 #: Containers that a method or an item assignment changes in place, and nothing else.
@@ -837,117 +611,6 @@ def _is_torchs_own_layer(module: nn.Module) -> bool:
     """Tell whether a module's forward is torch's and uses just what its constructor made."""
     name = type(module).__module__
     return name.startswith("torch.nn.modules.") and name != "torch.nn.modules.container"
-
-
-def _way_to_compare(value: object, path: str) -> Callable[[Any], object]:
-    """Return what turns a container into something that differs when it has changed, quickly where possible."""
-    if isinstance(value, bytearray) or (isinstance(value, np.ndarray) and not value.dtype.hasobject):
-        return _sampled
-    items = _count_items(value, _MANY_PLAIN_ITEMS)
-    if items <= _MANY_PLAIN_ITEMS and _is_plain(value):
-        return _dump
-    if items <= _MANY_ITEMS:
-        return lambda value: encode_state(value, path, _identity)
-    return _items if isinstance(value, (list, dict, set, deque)) and len(value) <= _MOST_ITEMS else _length
-
-
-def _is_plain(value: object) -> bool:
-    """Tell whether a container holds nothing but what marshal writes by value; of an array it writes no dtype."""
-    waiting: list[Any] = [value]
-    seen = set[int]()
-    while waiting:
-        item = waiting.pop()
-        kind = type(item)
-        if kind in _MARSHALLED:
-            continue
-        if kind not in (list, tuple, set, frozenset, dict) or id(item) in seen:
-            return False
-        seen.add(id(item))
-        waiting += [*item, *item.values()] if kind is dict else item
-    return True
-
-
-_MARSHALLED = (int, float, complex, bool, str, bytes, type(None))
-
-
-def _sampled(value: np.ndarray[Any, Any] | bytearray) -> bytes:
-    """Return the digest of an array's values, or of a part that dense changes cannot miss."""
-    array = np.frombuffer(value, np.uint8) if isinstance(value, bytearray) else value
-    if array.nbytes > _MANY_BYTES:
-        array = array.reshape(-1)[:: max(1, array.size // _SAMPLED_ELEMENTS)]
-    return digest_parts([str((array.dtype, array.shape)).encode(), array.tobytes()])
-
-
-def _items(value: Any) -> list[object]:  # noqa: ANN401 - any container
-    """Return what lies in a container; the same objects compare equal at once."""
-    return [*value.keys(), *value.values()] if isinstance(value, dict) else [*value]
-
-
-def _length(value: object) -> int:
-    return len(value) if isinstance(value, Sized) else 0
-
-
-def _dump(value: object) -> bytes:
-    """Return plain values as bytes, types and all; raises ValueError for anything else."""
-    return marshal.dumps(value, 2)  # type: ignore[arg-type] # that is what the ValueError says
-
-
-def _count_items(value: object, most: int) -> int:
-    """Count the items of a container, of those in it and of objects, up to where it no longer matters."""
-    total, waiting, seen = 0, [value], set[int]()
-    while waiting and total <= most:
-        item = waiting.pop()
-        total += 1
-        if isinstance(item, (np.ndarray, bytearray, bytes, str)):
-            total += (item.nbytes if isinstance(item, np.ndarray) else len(item)) // 64
-            continue
-        if isinstance(item, (nn.Module, torch.Tensor, type, *_CODE)) or id(item) in seen:
-            continue
-        if isinstance(item, (list, dict, set, tuple, deque)):
-            inner: Any = item.values() if isinstance(item, dict) else item
-        else:
-            inner = (attributes_of(item) or {}).values()
-        if inner:
-            seen.add(id(item))
-            total += len(inner)
-            if total <= most:
-                waiting += inner
-    return total
-
-
-def _identity(value: nn.Module | torch.Tensor) -> bytes:
-    return str(id(value)).encode()
-
-
-def _probes(tensor: torch.Tensor) -> Iterator[ctypes.Array[ctypes.c_char]]:
-    """Yield the first and last bytes of a tensor in host memory, as live views.
-
-    They are read only while the tensor's pointer is unchanged, so they cannot outlive its memory.
-    """
-    if tensor.device.type != "cpu" or type(tensor) not in (torch.Tensor, nn.Parameter) or not tensor.numel():
-        return
-    if is_freed(tensor):
-        return
-    pointer = tensor.data_ptr()
-    if not pointer:
-        return
-    size = tensor.numel() * tensor.element_size()
-    if not (tensor.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(tensor)):
-        size = tensor.element_size()
-    first = min(size, _PROBE_BYTES)
-    yield (ctypes.c_char * first).from_address(pointer)
-    if size > first:
-        last = min(size - first, _PROBE_BYTES)
-        yield (ctypes.c_char * last).from_address(pointer + size - last)
-
-
-def _inner_tensors(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]] | None:
-    """Return the tensors that a wrapper subclass (quantized weights, DTensor) is made of; None if it is none."""
-    if type(tensor) in (torch.Tensor, nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
-        return None
-    names, _ = tensor.__tensor_flatten__()
-    inner = ((name, getattr(tensor, name)) for name in names)
-    return [(name, value) for name, value in inner if isinstance(value, torch.Tensor)]
 
 
 def _bypass_reason(modules: Iterable[nn.Module], tensors: Iterable[torch.Tensor]) -> str | None:

@@ -106,7 +106,10 @@ def byte_view(tensor: torch.Tensor) -> torch.Tensor | None:
     try:
         if plain.device.type == "cpu" and not plain.is_contiguous():
             plain = _copied_by_numpy(plain)
-        return plain.reshape(-1).contiguous().view(torch.uint8)
+        flat = plain.reshape(-1).contiguous()
+        if flat.numel() == 1:  # torch calls it contiguous whatever its stride
+            flat = flat.as_strided((1,), (1,))
+        return flat.view(torch.uint8)
     except (RuntimeError, TypeError, NotImplementedError):
         return None
 

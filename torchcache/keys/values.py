@@ -1,422 +1,237 @@
-"""Python values to bytes that say what they are: arguments of a call, of a constructor, plain state.
+"""Python values to bytes that say what they are: arguments of a call, of a constructor, plain state, datasets.
 
-Two values have the same bytes exactly if they are the same by type and by value (1, True, 1.0 and "1"
-differ, and so do 0.0 and -0.0). The bytes do not depend on the process, on addresses or on the hash
-seed.
+One rule says what a value is, whoever asks and wherever it lies (``_way_of``):
+
+1. plain values, and containers of known types: by value;
+2. tensors and arrays of exactly the known types: by bytes, dtype and shape;
+3. random number generators: see ``_Encoding._generator``;
+4. objects of registered classes (``registry.py``): by what their registration says;
+5. objects of classes derived from these that add attributes only: by both;
+6. objects that hold attributes only: by these;
+7. all others: by what pickle would keep, where that is made of such values and the same twice in a row;
+8. what is left has no value that can be seen: it is *opaque*.
+
+An ``Observer`` is told what an encoding came upon, so that whoever encodes state can watch exactly what counts.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import copyreg
 import enum
 import functools
+import inspect
 import io
 import logging
-import pathlib
 import random
-import re
 import socket
-import struct
+import sys
 import threading
 import types
-import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
-from contextvars import ContextVar
-from datetime import date, datetime, time, timedelta
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor
+from functools import partial
+from operator import itemgetter
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 
-from torchcache.keys.code import StandIn, fingerprint_code, unwrap, walk_code
+import torchcache.keys.registered  # noqa: F401 - what it registers is found from here
+from torchcache.keys.attributes import adds_attributes_only, attributes_of
+from torchcache.keys.code import StandIn, fingerprint_code, is_bound_to_object, is_own_class, unwrap, walk_code
 from torchcache.keys.digest import digest_bytes, digest_parts
+from torchcache.keys.plain import attributes_of_member, encode_plain, type_name
+from torchcache.keys.registry import Encode, Registration, count_registered, find_part, find_registration
 from torchcache.keys.tensor_digest import digest_tensor
 
-#: Subclasses of these count by their type and the plain value.
-_PLAIN_BASES: tuple[type[Any], ...] = (int, float, str, bytes)
+#: What lies deeper in an encoding has no value that can be seen; the stack of the interpreter bounds it too.
+_DEEPEST = 100
 
-_PLAIN_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+#: At most so many values are encoded at once; what comes after them has no value that can be seen.
+_MOST_VALUES = 10_000_000
+
+#: An unseeded generator of NumPy draws 128 bits to start from, one of torch 53: no user chooses a seed that large.
+_LARGEST_SEED = 1 << 64
+_LARGEST_TORCH_SEED = 1 << 40
+
+Way = Callable[["_Encoding", Any, str], bytes]
+Look = Callable[[], bytes]
 
 
 class UnnamedValueError(Exception):
-    """A value has no stable name; ``path`` says where it lies inside what was encoded."""
+    """A value cannot be seen; ``path`` says where it lies inside what was encoded."""
 
-    def __init__(self, path: str, value: object) -> None:
+    def __init__(self, path: str, type_name: str) -> None:
         super().__init__(path)
         self.path = path
-        self.type_name = type(value).__qualname__
+        self.type_name = type_name
 
 
-def encode_plain(value: object) -> bytes | None:
-    """Return the bytes of an immutable plain value, or None if it is not one.
+class Observer:
+    """Is told what an encoding comes upon. By default, modules and tensors count by value, and nothing is noted."""
 
-    Plain are int, float, complex, str, bool, None, bytes, enum members, NumPy scalars, torch dtypes, devices,
-    layouts and memory formats, slices, Ellipsis, paths, and tuples (named ones too) of these.
-    """
-    kind = type(value)
-    if isinstance(value, int) and kind is int:
-        return f"int {value:x}".encode()  # in decimal, Python refuses long ones
-    if kind is bool or value is None or value is ...:
-        return f"{kind.__name__} {value!r}".encode()
-    if kind is float:
-        return b"float" + struct.pack("<d", value)
-    if isinstance(value, complex) and kind is complex:
-        return b"complex" + struct.pack("<dd", value.real, value.imag)
-    if isinstance(value, str) and kind is str:
-        return b"str " + value.encode("utf-8", "surrogatepass")
-    if isinstance(value, bytes) and kind is bytes:
-        return b"bytes " + value
-    if isinstance(value, enum.Enum):
-        # The value too: a program may be edited between two runs.
-        return digest_parts([b"enum", type_name(kind), str(value.name).encode(), encode_plain(value.value) or b""])
-    if isinstance(value, _PLAIN_TORCH):
-        return f"{kind.__name__} {value}".encode()
-    if isinstance(value, slice):
-        parts = [encode_plain(part) for part in (value.start, value.stop, value.step)]
-        return None if None in parts else digest_parts([b"slice", *parts])  # type: ignore[list-item]
-    if isinstance(value, tuple):
-        items = [encode_plain(item) for item in value]
-        return None if None in items else digest_parts([b"tuple", type_name(kind), *items])  # type: ignore[list-item]
-    if isinstance(value, pathlib.PurePath):
-        return b"path " + str(value).encode("utf-8", "surrogateescape")
-    if isinstance(value, np.generic) and not isinstance(value, (np.void, np.object_)):
-        return digest_parts([b"numpy", str(value.dtype).encode(), value.tobytes()])
-    return None
+    #: Whether generators count by the state they are in, although nobody seeded them.
+    counts_generators = False
+    #: Whether an object's own ``__getstate__`` says what it is made of.
+    asks_for_state = False
+    #: Whether the order of a dict counts: code may go through it in order.
+    is_order_kept = True
+    #: Whether values are looked at again later: an iterator that code consumes is another one then.
+    looks_again = True
+
+    def refer(self, value: torch.nn.Module | torch.Tensor, path: str) -> bytes | None:  # noqa: ARG002 - for those who ask
+        """Return the bytes of a module or a tensor; None if it is to be encoded as any other object."""
+        if isinstance(value, torch.Tensor):
+            return None
+        return _architecture(value)
+
+    def code_of(self, function: types.FunctionType) -> bytes:
+        """Return the bytes of a function's code, without its defaults and closure."""
+        return fingerprint_code(function.__code__)  # its helpers are walked for those who heed note_code
+
+    def leaves_out(self, owner: object, name: str, value: object, path: str) -> bool:  # noqa: ARG002 - for those who do
+        """Tell whether an attribute does not count."""
+        return False
+
+    def note_code(self, code: object) -> None:
+        """Note a function, or the class of an object: code that may run."""
+
+    def note_opaque(self, path: str, value: object) -> None:
+        """Note where something lies that cannot be seen."""
+
+    def note_generator(self, generator: object) -> None:
+        """Note a random number generator."""
+
+    def note_container(self, value: Any) -> bool:  # noqa: ANN401, ARG002 - any container of a built-in type
+        """Note a container that may change; return whether all that lies in it is taken care of."""
+        return False
+
+    def note_attributes(self, value: object, names: Sequence[str]) -> None:
+        """Note an object whose attributes of these names count."""
+
+    def note_array(self, value: np.ndarray[Any, Any]) -> None:
+        """Note an array of numbers."""
+
+    def note_content(self, value: object, look: Look, quick_look: Look | None) -> None:
+        """Note an object that has to be looked at again to see whether it has changed, with all that lies in it.
+
+        Args:
+            value: The object.
+            look: Returns other bytes once it has changed.
+            quick_look: Returns other bytes once it has changed in a way that shows at once, for one that is large.
+        """
 
 
-Refer = Callable[[torch.nn.Module | torch.Tensor], bytes]
-#: Told of each function and each class of an object that a value holds: code that may run.
-OnCode = Callable[[object], None]
-#: Told where something without a stable name lies, and of what type it is.
-OnUnnamed = Callable[[str, str], None]
+class _ArgumentObserver(Observer):
+    is_order_kept = False
+
+    def code_of(self, function: types.FunctionType) -> bytes:
+        return walk_code(function).fingerprint  # with the helpers it calls
+
+    def note_opaque(self, path: str, value: object) -> None:
+        raise UnnamedValueError(path, type(value).__qualname__)
 
 
 def encode_argument(value: object, path: str) -> bytes:
     """Return the bytes of a construction argument.
 
     Args:
-        value: Plain values, containers, tensors and arrays (all bytes), functions (their code),
-            classes, dataclasses, enums, paths, partials; a module counts by its class and the shapes of
-            its tensors (its weights count wherever it is used); an object with a ``__repr__`` of its
-            own counts by its type, that, and the attributes that can be named.
+        value: Anything; a module counts by its class and the shapes of its tensors, since its weights count wherever
+            it is used.
         path: What to call the value in an error.
 
     Raises:
-        UnnamedValueError: If the value, or one inside it, is known by its address only.
+        UnnamedValueError: If the value, or one inside it, has no value that can be seen.
     """
-    return _ArgumentEncoder().encode(value, path)
+    return _Encoding(_ArgumentObserver()).encode(value, path)
 
 
-def encode_state(
-    value: object,
-    path: str,
-    refer: Refer,
-    on_code: OnCode | None = None,
-    on_unnamed: OnUnnamed | None = None,
-    *,
-    owner: object = None,
-) -> bytes:
-    """Return the bytes of a plain attribute, a global or a closure variable.
-
-    As ``encode_argument``, but objects count by their attributes, those without any by what pickle would
-    keep of them, and the order of a dict counts: code may go through it in order.
+def encode_value(value: object, path: str, observer: Observer, *, owner: object = None) -> bytes:
+    """Return the bytes of a value, and tell ``observer`` what was come upon.
 
     Args:
         value: The value.
         path: What to call it.
-        refer: What to say of a module or a tensor found in it.
-        on_code: Called with each function found in it, and with the class of each object.
-        on_unnamed: Called with path and type of whatever has no stable name; it counts by its type then.
+        observer: Decides what modules and tensors are, and what is left out.
         owner: The object whose attribute it is; found in it, it counts by its place and not once more by value.
     """
-    encoder = _StateEncoder(refer, on_code or _ignore, on_unnamed or _ignore)
-    return encoder.encode_inside(owner, value, path)
+    encoding = _Encoding(observer)
+    if owner is not None:
+        encoding.enter(owner)
+    try:
+        return encoding.encode(value, path)
+    except RecursionError:
+        observer.note_opaque(path, value)
+        return b"too deep"
 
 
-#: Asked about each attribute, with the class of its object: whether it shapes nothing.
-LeavesOut = Callable[[type, str, object], bool]
+class _SilentObserver(Observer):
+    """Encodes what ``note_content`` is told of once more, with nothing to note."""
+
+    def __init__(self, told: Observer) -> None:
+        self.counts_generators = told.counts_generators
+        self.asks_for_state = told.asks_for_state
+        self.looks_again = told.looks_again
+        self.leaves_out = told.leaves_out  # type: ignore[method-assign]
+
+    def refer(self, value: torch.nn.Module | torch.Tensor, path: str) -> bytes | None:  # noqa: ARG002 - as of Observer
+        return None if isinstance(value, torch.Tensor) else str(id(value)).encode()
 
 
-def encode_whole(value: object, path: str, on_code: OnCode, on_unnamed: OnUnnamed, leaves_out: LeavesOut) -> bytes:
-    """Return the bytes of an object that is looked at once: all that it holds, by value, however large.
-
-    As ``encode_state``, but modules and tensors count by all they hold too, an object with a ``__getstate__`` of its
-    own by what that returns, and what is open (files, sockets) has no stable name.
-
-    Args:
-        value: The value.
-        path: What to call it.
-        on_code: Called with each function found in it, and with the class of each object.
-        on_unnamed: Called with path and type of whatever has no stable name; it counts by its type then.
-        leaves_out: Tells which attributes do not count.
-    """
-    return _WholeEncoder(on_code, on_unnamed, leaves_out).encode(value, path)
-
-
-def _ignore(*_: object) -> None:
-    """Tell nobody."""
-
-
-class _Encoder:
+class _Encoding:
     """One encoding; the same value is encoded once, and one that contains itself comes to an end."""
 
-    is_order_kept = False  # of dicts
-    most_values = 100_000  # what lies beyond this bound has no name
-
-    def __init__(self, refer: Refer, on_code: OnCode) -> None:
-        self.refer = refer
-        self.on_code = on_code
+    def __init__(self, observer: Observer, *, is_content: bool = False) -> None:
+        self.observer = observer
+        self._is_in_library = False  # whether what is encoded belongs to an object of a library
+        #: Whether what is encoded was made for it, or is encoded at each call anyway: then it is not noted again.
+        self.is_content = is_content
         self._inside: dict[int, int] = {}
         self._done: dict[int, bytes] = {}
         self._kept: list[object] = []  # ids stay unique while the objects live
 
+    def enter(self, owner: object) -> None:
+        """Let ``owner`` be a cycle where it is found."""
+        self._inside[id(owner)] = 0
+
     def encode(self, value: object, path: str) -> bytes:
-        if isinstance(value, enum.Enum):
-            self.on_code(type(value))
         plain = encode_plain(value)
+        if plain is not None and isinstance(value, enum.Enum):
+            self.observer.note_code(type(value))
+            plain = None if attributes_of_member(value) else plain  # they are watched
         if plain is not None:
             return plain
+        return self.encode_in(_way_of(type(value)), value, path)
+
+    def encode_in(self, way: Way, value: object, path: str) -> bytes:
+        """Encode a value that is not plain in a way of its own."""
         number = id(value)
         if number in self._inside:
             return f"cycle {self._inside[number]}".encode()
         known = self._done.get(number)
         if known is not None:
             return known
-        if len(self._done) >= self.most_values or len(self._inside) >= _DEEPEST:
-            return self.unnamed(value, path)
+        if len(self._done) >= _MOST_VALUES or len(self._inside) >= _DEEPEST:
+            return self.opaque(value, path)
         self._inside[number] = len(self._inside)
         try:
-            encoded = self._encode_composite(value, path)
+            encoded = way(self, value, path)
         finally:
             del self._inside[number]
         self._done[number] = encoded
         self._kept.append(value)
         return encoded
 
-    def encode_inside(self, owner: object, value: object, path: str) -> bytes:
-        """Encode what lies in ``owner``, which is a cycle where it is found again."""
-        if owner is not None:
-            self._inside[id(owner)] = 0
-        return self.encode(value, path)
+    def opaque(self, value: object, path: str) -> bytes:
+        """Say that a value cannot be seen."""
+        self.observer.note_opaque(path, value)
+        return digest_parts([b"opaque", type_name(type(value))])
 
-    # -- what the two kinds of encoding do differently
+    # -- containers and arrays -------------------------------------------------------------------------------------
 
-    def encode_object(self, value: object, path: str) -> bytes:
-        """Encode an object of a class that has no entry here."""
-        raise NotImplementedError
-
-    def unnamed(self, value: object, path: str) -> bytes:
-        """Encode what has no stable name."""
-        raise NotImplementedError
-
-    def code_of(self, function: types.FunctionType) -> bytes:
-        """Encode a function's code."""
-        raise NotImplementedError
-
-    def extend(self, encoded: bytes, value: object, path: str) -> bytes:  # noqa: ARG002 - one of two kinds uses it
-        """Add to a container what its class adds to the built-in one."""
-        return encoded
-
-    # -- what they share
-
-    def _encode_composite(self, value: object, path: str) -> bytes:
-        if isinstance(value, StandIn):
-            return self.encode(unwrap(value), path)
-        name = type_name(type(value))
-        if isinstance(value, torch.nn.Module):
-            return digest_parts([b"module", name, self.refer(value)])
-        if isinstance(value, torch.Tensor):
-            return digest_parts([b"tensor", name, self.refer(value)])
-        if isinstance(value, np.ndarray) and value.dtype.hasobject:
-            return self._items(b"objects", [value.shape, *value.ravel().tolist()], path)
-        if isinstance(value, (np.ndarray, np.generic)):
-            return encode_array(np.asarray(value))
-        if isinstance(value, (tuple, list, deque)):
-            return self.extend(self._items(name, list(value), path), value, path)
-        if isinstance(value, (set, frozenset)):
-            items = sorted(self.encode(item, f"{path}{{}}") for item in value)
-            return self.extend(digest_parts([name, *items]), value, path)
-        if isinstance(value, Mapping):
-            return self.extend(self._pairs(name, value, path), value, path)
-        if isinstance(value, (bytearray, memoryview)):
-            return b"bytearray " + bytes(value)
-        if isinstance(value, (functools.partial, functools.partialmethod)):
-            self.on_code(value.func)
-            return self._items(b"partial", [value.func, value.args, value.keywords], path)
-        if isinstance(value, types.MethodType):
-            return self._items(b"method", [value.__func__, value.__self__], path)
-        if isinstance(value, types.FunctionType):
-            return self._function(value, path)
-        if isinstance(value, (staticmethod, classmethod)):
-            return digest_parts([name, self.encode(value.__func__, path)])
-        if isinstance(value, _NAMED):
-            self.on_code(value)
-            return digest_parts([b"named", type_name(value) if isinstance(value, type) else _own_name(value)])
-        if isinstance(value, GENERATORS):
-            return digest_parts([name, self.encode(_generator_state(value), path)])
-        if dataclasses.is_dataclass(value):
-            self.on_code(type(value))
-            # Also those that are no fields, which __post_init__ may have set.
-            return self._pairs(name, attributes_of(value) or {}, path)
-        if isinstance(value, (date, datetime, time, timedelta, range, re.Pattern, np.dtype)):
-            return name + b" " + repr(value).encode()
-        for base in _PLAIN_BASES:
-            if isinstance(value, base):
-                self.on_code(type(value))
-                return digest_parts([name, encode_plain(base(value)) or b""])
-        if isinstance(value, threading.Event):
-            return digest_parts([name, self.encode(value.is_set(), path)])
-        if isinstance(value, ContextVar):
-            return digest_parts([name, value.name.encode(), self.encode(value.get(None), path)])
-        if isinstance(value, weakref.ref):
-            return digest_parts([b"weak", self.encode(value(), path)])
-        if isinstance(value, _PROCESS_GROUP):
-            self.on_code(type(value))  # what is asked of it shows in the code
-        if isinstance(value, _WITHOUT_VALUE):
-            return digest_parts([b"object", name])
-        return self.encode_object(value, path)
-
-    def _items(self, name: bytes, values: Sequence[Any], path: str) -> bytes:
-        return digest_parts([name, *(self.encode(item, f"{path}[{i}]") for i, item in enumerate(values))])
-
-    def _pairs(self, name: bytes, pairs: Mapping[Any, Any], path: str) -> bytes:
-        encoded = [(self.encode(k, f"{path} key"), self.encode(v, f"{path}[{k!r}]")) for k, v in pairs.items()]
-        if not self.is_order_kept:
-            encoded.sort()
-        return digest_parts([name, *(part for pair in encoded for part in pair)])
-
-    def _function(self, function: types.FunctionType, path: str) -> bytes:
-        function = unwrap(function)  # type: ignore[assignment]
-        compiled = vars(function).get("_torchdynamo_orig_callable")
-        if compiled is not None:  # the wrapper's closure notes what was compiled so far
-            closure = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
-            callback = closure["callback"].cell_contents if "callback" in closure else None
-            return digest_parts([b"compiled", encode_compiler(callback), self.encode(compiled, path)])
-        self.on_code(function)
-        parts = [b"function", self.code_of(function)]
-        parts += [self.encode(default, f"{path} default") for default in function.__defaults__ or ()]
-        for name, default in sorted((function.__kwdefaults__ or {}).items()):
-            parts += [name.encode(), self.encode(default, f"{path} default {name}")]
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
-            try:
-                parts.append(self.encode(cell.cell_contents, f"{path} closure {name}"))
-            except ValueError:
-                parts.append(b"empty")
-        return digest_parts(parts)
-
-
-def _by_value(value: torch.nn.Module | torch.Tensor) -> bytes:
-    return encode_tensor(value) if isinstance(value, torch.Tensor) else _architecture(value)
-
-
-class _ArgumentEncoder(_Encoder):
-    def __init__(self) -> None:
-        super().__init__(_by_value, _ignore)
-
-    def encode_object(self, value: object, path: str) -> bytes:
-        shown = _own_repr(value)
-        if shown is None:
-            return self.unnamed(value, path)
-        # A repr may leave out what tells two objects apart.
-        attributes = encode_state(attributes_of(value) or {}, path, self.refer)
-        return digest_parts([b"repr", type_name(type(value)), shown.encode("utf-8", "backslashreplace"), attributes])
-
-    def code_of(self, function: types.FunctionType) -> bytes:
-        return walk_code(function).fingerprint  # with the helpers it calls
-
-    def unnamed(self, value: object, path: str) -> bytes:
-        raise UnnamedValueError(path, value)
-
-
-class _StateEncoder(_Encoder):
-    is_order_kept = True
-
-    def __init__(self, refer: Refer, on_code: OnCode, on_unnamed: OnUnnamed) -> None:
-        super().__init__(refer, on_code)
-        self._on_unnamed = on_unnamed
-
-    def code_of(self, function: types.FunctionType) -> bytes:
-        return fingerprint_code(function.__code__)  # its helpers are walked for those who ask on_code
-
-    def extend(self, encoded: bytes, value: object, path: str) -> bytes:
-        if type(value) in _BUILT_IN_CONTAINERS:
-            return encoded
-        self.on_code(type(value))
-        return self._attributes(encoded, attributes_of(value) or {}, path)
-
-    def encode_object(self, value: object, path: str) -> bytes:
-        name = type_name(type(value))
-        self.on_code(type(value))
-        attributes = attributes_of(value)
-        return self._reduced(value, path) if attributes is None else self._attributes(name, attributes, path)
-
-    def _reduced(self, value: object, path: str) -> bytes:
-        """Encode an object by what pickle would keep of it."""
-        name = type_name(type(value))
-        if isinstance(value, torch.jit.ScriptFunction):
-            return digest_parts([b"script", str(value.code).encode()])
-        try:
-            reduced = value.__reduce_ex__(2)
-        except Exception:  # noqa: BLE001 - a foreign __reduce__ may raise anything: then there is no name
-            return self.unnamed(value, path)
-        if isinstance(reduced, str):
-            return digest_parts([b"global", name, reduced.encode()])
-        function, *rest = reduced
-        parts = [list(part) if isinstance(part, Iterator) else part for part in rest]
-        return digest_parts([b"reduced", name, _own_name(function), self._items(b"parts", parts, path)])
-
-    def unnamed(self, value: object, path: str) -> bytes:
-        name = type_name(type(value))
-        shown = None if hasattr(value, "__dict__") else _own_repr(value)
-        if shown is not None:
-            return digest_parts([b"repr", name, shown.encode("utf-8", "backslashreplace")])
-        self._on_unnamed(path, type(value).__qualname__)
-        return digest_parts([b"object", name])
-
-    def _attributes(self, head: bytes, attributes: Mapping[str, object], path: str) -> bytes:
-        pairs = [(k.encode(), self.encode(v, f"{path}.{k}")) for k, v in sorted(attributes.items())]
-        return digest_parts([b"object", head, *(part for pair in pairs for part in pair)])
-
-
-class _WholeEncoder(_StateEncoder):
-    most_values = 10_000_000  # a list of samples may hold a dict for each
-
-    def __init__(self, on_code: OnCode, on_unnamed: OnUnnamed, leaves_out: LeavesOut) -> None:
-        super().__init__(_by_value, on_code, on_unnamed)  # modules and tensors do not get that far
-        self._leaves_out = leaves_out
-        self._ways: dict[type, Callable[[object], object]] = {}
-
-    def _encode_composite(self, value: object, path: str) -> bytes:
-        if isinstance(value, torch.Tensor):
-            content = encode_content(value)
-            if content is None:
-                return self.unnamed(value, path)
-            notes = self.encode(vars(value), path) if getattr(value, "__dict__", None) else b""
-            return digest_parts([b"tensor", type_name(type(value)), content, notes])
-        if isinstance(value, _OPEN):
-            return self.unnamed(value, path)
-        if isinstance(value, type) or not (
-            isinstance(value, torch.nn.Module) or dataclasses.is_dataclass(value) or _is_mapping_of_its_own(value)
-        ):
-            return super()._encode_composite(value, path)
-        return self.encode_object(value, path)
-
-    def encode_object(self, value: object, path: str) -> bytes:
-        kind = type(value)
-        self.on_code(kind)
-        if kind not in self._ways:  # asking the class costs more than the rest, and a list may hold many of one
-            self._ways[kind] = _way_to_state(kind)
-        state = self._ways[kind](value)
-        if state is None:
-            return self._reduced(value, path)
-        if not isinstance(state, dict) or not all(type(key) is str for key in state):
-            return digest_parts([b"object", type_name(kind), self.encode(state, path)])
-        kept = {key: item for key, item in state.items() if not self._leaves_out(kind, key, item)}
-        return self._attributes(type_name(kind), kept, path)
-
-    def _items(self, name: bytes, values: Sequence[Any], path: str) -> bytes:
+    def items(self, name: bytes, values: Iterable[Any], path: str) -> bytes:
         # Most items of a long list are plain, and saying where they lie would cost more than they do.
         return digest_parts([name, *(
             encode_plain(item) or self.encode(item, f"{path}[{i}]")
@@ -424,43 +239,537 @@ class _WholeEncoder(_StateEncoder):
             for i, item in enumerate(values)
         )])  # fmt: skip
 
+    def pairs(self, name: bytes, pairs: Iterable[tuple[Any, Any]], path: str, *, is_order_kept: bool) -> bytes:
+        keyed = [(self.encode(key, f"{path} key"), key, value) for key, value in pairs]
+        if not is_order_kept:
+            keyed.sort(key=itemgetter(0))  # before the values are encoded: what they lead to is noted in this order
+        parts = [name]
+        for encoded, key, value in keyed:
+            parts += [encoded, self.encode(value, f"{path}[{key!r}]")]
+        return digest_parts(parts)
 
-def _way_to_state(kind: type) -> Callable[[object], object]:
-    """Return what gives the state of objects of a class: by its own ``__getstate__``, else all their attributes.
+    def container(self, value: Any, path: str) -> bytes:  # noqa: ANN401 - of one of ``_CONTAINERS`` or derived
+        """Encode what lies in a container that may change, by the methods of the built-in class."""
+        if self.is_content or not self.observer.note_container(value):
+            return self._container(value, path)
+        self.is_content = True
+        try:
+            return self._container(value, path)
+        finally:
+            self.is_content = False
 
-    It gives None for an object that holds more than attributes.
+    def _container(self, value: Any, path: str) -> bytes:  # noqa: ANN401 - as above
+        if isinstance(value, list):
+            return self.items(b"list", list.__iter__(value), path)
+        if isinstance(value, dict):
+            if isinstance(value, OrderedDict):
+                encoded = self.pairs(b"ordered", OrderedDict.items(value), path, is_order_kept=True)
+            else:
+                # A library may make a table of functions from a set, in an order that each process has for itself.
+                is_table = self._is_in_library and all(map(callable, dict.values(value)))
+                is_order_kept = self.observer.is_order_kept and not is_table
+                encoded = self.pairs(b"dict", dict.items(value), path, is_order_kept=is_order_kept)
+            if isinstance(value, defaultdict):
+                return digest_parts([encoded, self.encode(value.default_factory, f"{path}.default_factory")])
+            return encoded
+        if isinstance(value, deque):
+            return self.items(f"deque {value.maxlen}".encode(), deque.__iter__(value), path)
+        if isinstance(value, set):
+            return digest_parts([b"set", *sorted(self.encode(item, f"{path}{{}}") for item in set.__iter__(value))])
+        return b"bytearray " + bytes(value)
+
+    def array(self, value: np.ndarray[Any, Any], path: str) -> bytes:
+        """Encode an array, without what a class derived from that of arrays adds."""
+        plain = value.view(np.ndarray)
+        if plain.dtype.hasobject:
+            return self._whole(b"objects", value, [plain.shape, plain.dtype, *plain.ravel().tolist()], path)
+        if not self.is_content:
+            self.observer.note_array(plain)
+        return digest_parts([encode_array(plain), self.encode(plain.dtype, f"{path}.dtype")])
+
+    def masked_array(self, value: Any, path: str) -> bytes:  # noqa: ANN401 - a masked array
+        notes = {name: note for name, note in vars(value).items() if name not in _NOTES_OF_MASKED_ARRAYS}
+        parts = [value.data, np.ma.getmaskarray(value), value.fill_value, value.hardmask, notes]
+        return self._whole(type_name(type(value)), value, parts, path)
+
+    def record(self, value: Any, path: str) -> bytes:  # noqa: ANN401 - a row of a structured array
+        return self._whole(type_name(type(value)), value, [np.array(value)], path)
+
+    def _whole(self, name: bytes, value: object, parts: Sequence[object], path: str) -> bytes:
+        """Encode the parts of an object that is encoded again at each call."""
+        self._note_content(value, path, _way_of(type(value)))
+        return self._inside_content(lambda: self.items(name, parts, path))
+
+    # -- modules, tensors, generators --------------------------------------------------------------------------------
+
+    def module(self, value: torch.nn.Module, path: str) -> bytes:
+        referred = self.observer.refer(value, path)
+        if referred is None:
+            return self.attributes(value, path)
+        return digest_parts([b"module", type_name(type(value)), referred])
+
+    def tensor(self, value: torch.Tensor, path: str) -> bytes:
+        referred = None if self.is_content else self.observer.refer(value, path)
+        if referred is not None:
+            return digest_parts([b"tensor", type_name(type(value)), referred])
+        content = encode_tensor(value)
+        if content is None:
+            return self.opaque(value, path)
+        notes = getattr(value, "__dict__", None)
+        parts = [b"tensor", type_name(type(value)), content]
+        return digest_parts([*parts, self.encode(notes, f"{path}.__dict__")] if notes else parts)
+
+    def generator(self, value: Any, path: str) -> bytes:  # noqa: ANN401 - one of ``GENERATORS``
+        """Encode a random number generator.
+
+        What it draws is seen by comparing its state before and after. Its state counts where somebody seeded it, as far
+        as that shows, or where the code reads states: then two seeds may give two results without a draw.
+        """
+        self.observer.note_generator(value)
+        name = type_name(type(value))
+        if getattr(value, "__dict__", None):  # of a class derived from one of a library's
+            name = digest_parts([name, self.attributes(value, path)])
+        if not (self.observer.counts_generators or _is_seeded(value)) or _is_global(value):
+            return digest_parts([b"generator", name])
+        return self._whole(name, value, [generator_state(value)], path)
+
+    # -- code ------------------------------------------------------------------------------------------------------
+
+    def function(self, function: types.FunctionType, path: str) -> bytes:
+        unwrapped = unwrap(function)
+        if not isinstance(unwrapped, types.FunctionType):
+            return self.encode(unwrapped, path)
+        compiled = vars(unwrapped).get("_torchdynamo_orig_callable")
+        if compiled is not None:  # the wrapper's closure notes what was compiled so far
+            closure = dict(zip(unwrapped.__code__.co_freevars, unwrapped.__closure__ or (), strict=False))
+            callback = closure["callback"].cell_contents if "callback" in closure else None
+            return digest_parts([b"compiled", encode_compiler(callback), self.encode(compiled, path)])
+        self.observer.note_code(unwrapped)
+        parts = [b"function", self.observer.code_of(unwrapped)]
+        parts += [self.encode(default, f"{path} default") for default in unwrapped.__defaults__ or ()]
+        for name, default in sorted((unwrapped.__kwdefaults__ or {}).items()):
+            parts += [name.encode(), self.encode(default, f"{path} default {name}")]
+        for name, cell in zip(unwrapped.__code__.co_freevars, unwrapped.__closure__ or (), strict=False):
+            try:
+                parts.append(self.encode(cell.cell_contents, f"{path} closure {name}"))
+            except ValueError:
+                parts.append(b"empty")
+        return digest_parts(parts)
+
+    def stand_in(self, value: StandIn, path: str) -> bytes:
+        return self.encode(unwrap(value), path)
+
+    def method(self, value: types.MethodType, path: str) -> bytes:
+        return self.items(b"method", [value.__func__, value.__self__], path)
+
+    def built_in(self, value: Any, path: str) -> bytes:  # noqa: ANN401 - a function or method of C
+        """Encode a function of C by its name, and one that belongs to an object by that as well."""
+        self.observer.note_code(value)
+        named = digest_parts([b"named", _own_name(value)])
+        if not is_bound_to_object(value):
+            return named
+        return digest_parts([named, self.encode(value.__self__, f"{path}.__self__")])
+
+    def python_module(self, value: types.ModuleType, path: str) -> bytes:
+        """Encode a module of Python by its name, and one that is not imported under it by what it holds."""
+        if sys.modules.get(value.__name__) is value:
+            return self.named(value, path)
+        names = [name for name in vars(value) if not name.startswith("__")]
+        if not self.is_content:
+            self.observer.note_attributes(value, names)
+        return self.pairs(b"module", [(name, vars(value)[name]) for name in names], path, is_order_kept=False)
+
+    def named(self, value: Any, path: str) -> bytes:  # noqa: ANN401, ARG002 - a class or a descriptor
+        self.observer.note_code(value)
+        return digest_parts([b"named", type_name(value) if isinstance(value, type) else _own_name(value)])
+
+    def universal(self, value: np.ufunc, path: str) -> bytes:
+        """Encode a ufunc by its name if a library has it there; ``np.frompyfunc`` makes others."""
+        name = value.__name__
+        homes = [sys.modules.get(home) for home in ("numpy", "scipy.special")]
+        if any(getattr(home, name, None) is value for home in homes):
+            return digest_parts([b"named", name.encode()])
+        return self.opaque(value, path)
+
+    def partial(self, value: Any, path: str) -> bytes:  # noqa: ANN401 - a partial function or method
+        self.observer.note_code(value.func)
+        parts = self.items(b"partial", [value.func, value.args, value.keywords], path)
+        return digest_parts([parts, self.attributes(value, path)]) if vars(value) else parts
+
+    def wrapped(self, value: Any, path: str) -> bytes:  # noqa: ANN401 - a static or class method
+        return digest_parts([type_name(type(value)), self.encode(value.__func__, path)])
+
+    def descriptor(self, value: property, path: str) -> bytes:
+        return self.items(b"property", [value.fget, value.fset, value.fdel], path)
+
+    def code(self, value: types.CodeType, path: str) -> bytes:  # noqa: ARG002 - as of any way
+        return digest_parts([b"code", fingerprint_code(value)])
+
+    def script(self, value: Any, path: str) -> bytes:  # noqa: ANN401, ARG002 - a scripted function
+        return digest_parts([b"script", str(value.code).encode()])
+
+    # -- objects ---------------------------------------------------------------------------------------------------
+
+    def member(self, value: enum.Enum, path: str) -> bytes:
+        """Encode an enum member whose value is not plain, or that has attributes of its own."""
+        self.observer.note_code(type(value))
+        head = digest_parts([b"enum", type_name(type(value)), str(value.name).encode()])
+        return digest_parts([head, self.encode(value.value, f"{path}.value"), self.attributes(value, path)])
+
+    def attributes(self, value: object, path: str) -> bytes:
+        """Encode an object by its attributes."""
+        kind = type(value)
+        self.observer.note_code(kind)
+        attributes = attributes_of(value) or {}
+        kept = [
+            name
+            for name, item in attributes.items()
+            if not self.observer.leaves_out(value, name, item, f"{path}.{name}")
+        ]
+        if not self.is_content:
+            self.observer.note_attributes(value, kept)
+        parts = [b"object", type_name(kind)]
+        outer, self._is_in_library = self._is_in_library, not is_own_class(kind)
+        for name in sorted(kept, key=str):
+            told = find_part(kind, name)
+            way = self.encode if told is None else partial(self.encode_in, _told_by(told))
+            parts += [str(name).encode(), way(attributes[name], f"{path}.{name}")]
+        self._is_in_library = outer
+        return digest_parts(parts)
+
+    def coordination(self, value: object, path: str) -> bytes:
+        """Encode what coordinates, logs or talks to the outside by its type, whatever state it is in.
+
+        And by what somebody hung on it.
+        """
+        if isinstance(value, _PROCESS_GROUP):
+            self.observer.note_code(type(value))  # what is asked of it shows in the code
+        head = digest_parts([b"object", type_name(type(value))])
+        attributes = getattr(value, "__dict__", None) or {}
+        own_names = _names_in_code(type(value)) if attributes else ()
+        hung = [name for name in attributes if name not in own_names]
+        return self._whole(head, value, [{name: attributes[name] for name in hung}], path) if hung else head
+
+    def stream(self, value: io.IOBase, path: str) -> bytes:
+        """Encode by its type what is written to only; nothing says what will be read from another one."""
+        try:
+            is_written_only = not value.readable()
+        except Exception:  # noqa: BLE001 - it is closed, or a foreign class
+            is_written_only = False
+        name = type_name(type(value))
+        return digest_parts([b"object", name]) if is_written_only else self.opaque(value, path)
+
+    def registered(self, value: object, path: str, registration: Registration) -> bytes:
+        """Encode an object by what its registration says."""
+        if self._is_consumed_unseen(value):
+            return self.opaque(value, path)
+        if not registration.is_immutable:
+            self._note_content(value, path, _told_by(registration), registration.quick)
+        try:
+            made = registration.encode(value)
+        except Exception:  # noqa: BLE001 - whatever somebody's function raises: it cannot be told
+            return self.opaque(value, path)
+        return self._inside_content(lambda: digest_parts([b"registered", self.encode(made, path)]))
+
+    def reduced(self, value: object, path: str) -> bytes:
+        """Encode an object by what pickle would keep of it, where that is the same twice in a row."""
+        self.observer.note_code(type(value))
+        if _is_function_of_library(value):
+            return self.named(value, path)
+        parts = _parts_of(value)
+        if parts is None or self._is_consumed_unseen(value):
+            return self.opaque(value, path)
+        if not self.is_content:
+            look = self._note_content(value, path, _Encoding.reduced)
+            if look() != look():
+                return self.opaque(value, path)
+        return self._inside_content(lambda: self._parts(value, parts, path))
+
+    def _is_consumed_unseen(self, value: object) -> bool:
+        return not self.observer.looks_again and hasattr(type(value), "__next__")
+
+    def _parts(self, value: object, parts: Sequence[object], path: str) -> bytes:
+        function, *rest = parts
+        name = _own_name(function)
+        return digest_parts([b"reduced", type_name(type(value)), name, self.items(b"parts", rest, path)])
+
+    def _note_content(self, value: object, path: str, way: Way, quick: Encode | None = None) -> Look:
+        """Note an object that is encoded again at each call, unless it lies in another one; return what does that."""
+        observer = _SilentObserver(self.observer)
+
+        def look() -> bytes:
+            return _Encoding(observer, is_content=True).encode_in(way, value, path)
+
+        def quick_look() -> bytes:
+            assert quick is not None
+            return _Encoding(observer, is_content=True).encode(quick(value), path)
+
+        if not self.is_content:
+            self.observer.note_content(value, look, None if quick is None else quick_look)
+        return look
+
+    def _inside_content(self, encode: Callable[[], bytes]) -> bytes:
+        """Encode parts of what is encoded as a whole at each call: they need no watching of their own."""
+        outer, self.is_content = self.is_content, True
+        try:
+            return encode()
+        finally:
+            self.is_content = outer
+
+
+def _is_function_of_library(value: object) -> bool:
+    """Tell whether an object is a function in another language than Python, such as Cython, that a module has."""
+    name = getattr(value, "__qualname__", None)
+    if not callable(value) or not isinstance(name, str) or isinstance(value, type):
+        return False
+    found: object = sys.modules.get(getattr(value, "__module__", None) or "")
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found is value
+
+
+def _parts_of(value: object) -> tuple[object, ...] | None:
+    """Return what pickle would keep of an object: a function and its arguments, state, items; None if it refuses.
+
+    An object that is kept as the name of a global says nothing of its state. What a class written in Python adds to one
+    of C, whose method does not know of it, counts too.
     """
-    attributes: Callable[[object], object] = _no_state
-    if has_attributes_only(kind):
-        attributes = attributes_of if slots_of(kind) or not kind.__dictoffset__ else vars
+    kind = type(value)
+    attributes = attributes_of(value) or {}  # before, as asking an exception for them changes what pickle would keep
+    try:
+        reduce = copyreg.dispatch_table.get(kind)
+        reduced = value.__reduce_ex__(4) if reduce is None else reduce(value)
+        if not isinstance(reduced, tuple):
+            return None
+        parts = tuple(list(part) if i > 2 and isinstance(part, Iterator) else part for i, part in enumerate(reduced))
+    except Exception:  # noqa: BLE001 - a foreign method may raise anything: then there is no value to see
+        return None
+    if any(isinstance(inspect.getattr_static(kind, name, None), types.FunctionType) for name in _BY_HAND):
+        return parts
+    return (*parts, attributes)
+
+
+#: Methods with which a class written in Python says itself what is kept of its objects.
+_BY_HAND = ("__reduce__", "__reduce_ex__", "__getstate__")
+
+
+def _state_way(kind: type, otherwise: Way) -> Way:
+    """Return how to encode objects by their own ``__getstate__``, for observers who ask for that."""
     own: Callable[[object], object] | None = getattr(kind, "__getstate__", None)
     if own is None or own is getattr(object, "__getstate__", None):
-        return attributes
+        return otherwise
 
-    def state(value: object) -> object:
+    def way(encoding: _Encoding, value: Any, path: str) -> bytes:  # noqa: ANN401 - as of any way
+        if not encoding.observer.asks_for_state:
+            return otherwise(encoding, value, path)
         try:
-            return own(value)
+            state = own(value)
         except Exception:  # noqa: BLE001 - a foreign one may raise anything: then the attributes say it
-            return attributes(value)
+            return otherwise(encoding, value, path)
+        encoding.observer.note_code(kind)
+        if isinstance(state, dict):
+            state = {k: v for k, v in state.items() if not encoding.observer.leaves_out(value, k, v, f"{path}.{k}")}
+        return digest_parts([b"state", type_name(kind), encoding.encode(state, path)])
 
-    return state
-
-
-def _no_state(_: object) -> None:
-    """Say that an object holds more than attributes."""
-
-
-def _is_mapping_of_its_own(value: object) -> bool:
-    """Tell whether a mapping makes its items when it is asked for them, as a data set may."""
-    return isinstance(value, Mapping) and not isinstance(value, dict) and attributes_of(value) is not None
+    return way
 
 
-def encode_tensor(tensor: torch.Tensor) -> bytes:
-    """Return dtype, shape and content digest of a tensor on any device, as bytes.
+# -- which way ---------------------------------------------------------------------------------------------------
 
-    Tensors without bytes of their own (meta, sparse, quantized, subclasses) count by their type and shape.
+_ways: WeakKeyDictionary[type, tuple[int, Way]] = WeakKeyDictionary()
+
+
+def _way_of(kind: type) -> Way:
+    """Return how objects of a class are encoded: the one rule of this module."""
+    exact = _EXACT.get(kind)
+    if exact is not None:
+        return exact
+    known = _ways.get(kind)
+    n_registered = count_registered()
+    if known is not None and known[0] == n_registered:
+        return known[1]
+    way = _find_way(kind)
+    _ways[kind] = n_registered, way
+    return way
+
+
+def _find_way(kind: type) -> Way:
+    for kinds, way in _KINDS:
+        if issubclass(kind, kinds):
+            return way
+    found = find_registration(kind)
+    if found is not None:
+        return _registered_way(kind, *found)
+    base = next((base for base in kind.__mro__ if base in _BASES), None)
+    if base is not None and adds_attributes_only(kind, base):
+        return _state_way(kind, _derived(_BASES[base]))
+    if issubclass(kind, _WITHOUT_VALUE):
+        return _Encoding.coordination
+    if issubclass(kind, io.IOBase):
+        return _Encoding.stream
+    if issubclass(kind, _OPEN):
+        return _Encoding.opaque
+    return _state_way(kind, _Encoding.attributes if adds_attributes_only(kind) else _Encoding.reduced)
+
+
+def _told_by(registration: Registration) -> Way:
+    """Return how to encode objects by what a registration says."""
+
+    def way(encoding: _Encoding, value: Any, path: str) -> bytes:  # noqa: ANN401 - as of any way
+        return digest_parts([type_name(type(value)), encoding.registered(value, path, registration)])
+
+    return way
+
+
+def _registered_way(kind: type, base: type, registration: Registration) -> Way:
+    way = _told_by(registration)
+    if kind is base or registration.stands_for_subclasses:
+        return way
+    return _derived(way) if adds_attributes_only(kind, base) else _Encoding.reduced
+
+
+def _derived(way: Way) -> Way:
+    """Return how to encode objects of a class that adds attributes to one that is encoded in some way."""
+
+    def derived(encoding: _Encoding, value: Any, path: str) -> bytes:  # noqa: ANN401 - as of any way
+        return digest_parts([way(encoding, value, path), encoding.attributes(value, path)])
+
+    return derived
+
+
+def _plain_part(convert: Callable[[Any], object]) -> Way:
+    """Return how to encode the plain value that an object of a derived class has beside its attributes."""
+
+    def way(encoding: _Encoding, value: Any, path: str) -> bytes:  # noqa: ANN401, ARG001 - as of any way
+        return encode_plain(convert(value)) or b""
+
+    return way
+
+
+#: Random number generators; see ``_Encoding.generator``.
+GENERATORS = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
+
+_PROCESS_GROUP = (torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()
+
+#: What coordinates, logs or talks to the outside: it counts by its type, whatever state it is in.
+_WITHOUT_VALUE: tuple[type[Any], ...] = (
+    type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Semaphore, threading.Barrier,
+    threading.Thread, Executor, logging.Logger, logging.LoggerAdapter, logging.Handler,
+    torch.Stream, torch.Event, *_PROCESS_GROUP,
+)  # fmt: skip
+
+
+def _names_in_code(kind: type) -> frozenset[str]:
+    """Return the names that the code of a class of a library uses, those of its own attributes among them."""
+    bases = [base for base in kind.__mro__ if not is_own_class(base)]
+    functions = [part for base in bases for part in vars(base).values()]
+    codes = [part.__code__ for part in functions if isinstance(part, types.FunctionType)]
+    return frozenset(name for code in codes for name in code.co_names)
+
+
+#: What is open says nothing of what is read through it.
+_OPEN = (socket.socket, types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
+
+#: The types of plain values that long lists are made of.
+_FREQUENT = frozenset({str, int, float, tuple})
+
+_CONTAINERS = (list, dict, set, deque, bytearray, OrderedDict, defaultdict)
+
+_DESCRIPTORS = (
+    types.MethodDescriptorType, types.WrapperDescriptorType, types.ClassMethodDescriptorType,
+    types.GetSetDescriptorType, types.MemberDescriptorType,
+)  # fmt: skip
+
+#: What is told apart by its class, or one that it is derived from.
+_KINDS: tuple[tuple[type | tuple[type, ...], Way], ...] = (
+    (StandIn, _Encoding.stand_in),
+    (torch.nn.Module, _Encoding.module),
+    (torch.Tensor, _Encoding.tensor),
+    (types.FunctionType, _Encoding.function),
+    (types.MethodType, _Encoding.method),
+    ((types.BuiltinFunctionType, types.MethodWrapperType), _Encoding.built_in),
+    ((type, *_DESCRIPTORS), _Encoding.named),
+    (types.ModuleType, _Encoding.python_module),
+    (np.ufunc, _Encoding.universal),
+    ((staticmethod, classmethod), _Encoding.wrapped),
+    (torch.jit.ScriptFunction, _Encoding.script),
+    (random.SystemRandom, _Encoding.opaque),
+    (GENERATORS, _Encoding.generator),
+    (enum.Enum, _Encoding.member),
+    (np.ma.MaskedArray, _Encoding.masked_array),
+    (np.void, _Encoding.record),
+    (property, _Encoding.descriptor),
+    (types.CodeType, _Encoding.code),
+    (functools._lru_cache_wrapper, _Encoding.attributes),  # noqa: SLF001 - its type has no other name
+)
+
+_EXACT: dict[type, Way] = {
+    tuple: lambda encoding, value, path: encoding.items(b"tuple", tuple.__iter__(value), path),
+    frozenset: lambda encoding, value, path: digest_parts(
+        [b"frozenset", *sorted(encoding.encode(item, f"{path}{{}}") for item in frozenset.__iter__(value))]
+    ),
+    slice: lambda encoding, value, path: encoding.items(b"slice", [value.start, value.stop, value.step], path),
+    **dict.fromkeys(_CONTAINERS, _Encoding.container),
+    np.ndarray: _Encoding.array,
+    np.memmap: _Encoding.array,
+    functools.partial: _Encoding.partial,
+    functools.partialmethod: _Encoding.partial,
+}
+
+#: Classes from which others may be derived that add attributes.
+_BASES: dict[type, Way] = {
+    **_EXACT,
+    # By methods of the built-in classes, which return objects of just these.
+    int: _plain_part(int.__pos__),
+    float: _plain_part(float.__pos__),
+    complex: _plain_part(complex.__pos__),
+    str: _plain_part(str.__str__),
+    bytes: _plain_part(lambda value: bytes.__getitem__(value, slice(None))),
+}
+
+#: What a masked array notes about itself, such as whether others share its mask; its value is told without these.
+_NOTES_OF_MASKED_ARRAYS = frozenset({
+    "_mask", "_fill_value", "_hardmask", "_sharedmask", "_isfield", "_baseclass", "_optinfo", "_basedict",
+})  # fmt: skip
+
+
+# -- tensors, arrays and generators by value ---------------------------------------------------------------------
+
+
+def encode_tensor(tensor: torch.Tensor) -> bytes | None:
+    """Return dtype, shape and content digest of a tensor on any device; None for one without bytes that can be seen.
+
+    What a class derived from Tensor adds as attributes is left to the caller.
     """
-    return encode_content(tensor) or digest_parts([b"opaque", type_name(type(tensor)), _form(tensor)])
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        inner = inner_tensors(tensor)
+        if inner is not None:  # a wrapper around other tensors, which have the bytes
+            digests = [encode_tensor(part) for _, part in inner]
+            return None if None in digests else digest_parts([b"wrapper", *(digest or b"" for digest in digests)])
+        if type(tensor).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+            return None  # its class decides what its values are
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - torch documents it for subclasses
+            tensor = tensor.as_subclass(torch.Tensor)
+    content = digest_tensor(tensor)
+    form = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode()
+    return None if content is None else digest_parts([form, content])
+
+
+def inner_tensors(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]] | None:
+    """Return the tensors that a wrapper subclass (quantized weights, DTensor) is made of; None if it is none."""
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter) or not hasattr(tensor, "__tensor_flatten__"):
+        return None
+    names, _ = tensor.__tensor_flatten__()
+    inner = ((name, getattr(tensor, name)) for name in names)
+    return [(name, value) for name, value in inner if isinstance(value, torch.Tensor)]
+
+
+def encode_array(array: np.ndarray[Any, Any]) -> bytes:
+    """Return the bytes of an array that holds no objects; what lies between the fields of records does not count."""
+    if array.dtype.names is not None:
+        return digest_parts([b"records", *(encode_array(array[name]) for name in array.dtype.names)])
+    content = digest_bytes(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data if array.nbytes else b"")
+    return digest_parts([b"array", str(array.dtype).encode(), str(array.shape).encode(), content])
 
 
 def encode_compiler(callback: object) -> bytes:
@@ -475,18 +784,8 @@ def encode_compiler(callback: object) -> bytes:
     return digest_parts([b"compiler", name.encode(), *(f"{key} {shown}".encode() for key, shown in plain.items())])
 
 
-#: Callbacks of torch.compile lie in each other so deep.
+#: At most so many callbacks of torch.compile lie in each other.
 _MOST_CALLBACKS = 8
-
-
-def encode_content(tensor: torch.Tensor) -> bytes | None:
-    """Return what ``encode_tensor`` does; None for a tensor without bytes of its own."""
-    content = digest_tensor(tensor)
-    return None if content is None else digest_parts([_form(tensor), content])
-
-
-def _form(tensor: torch.Tensor) -> bytes:
-    return f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode()
 
 
 def _architecture(module: torch.nn.Module) -> bytes:
@@ -499,105 +798,40 @@ def _architecture(module: torch.nn.Module) -> bytes:
     return digest_parts(parts)
 
 
-def type_name(kind: type | types.FunctionType) -> bytes:
-    """Name a type or a function; a script's module is ``__main__`` here and ``__mp_main__`` in a spawned worker."""
-    module = "" if kind.__module__ in ("__main__", "__mp_main__") else kind.__module__
-    return f"{module}.{kind.__qualname__}".encode()
-
-
-def attributes_of(value: object) -> dict[str, Any] | None:
-    """Return the attributes in an object's ``__dict__`` and slots; None if its class provides for none."""
-    attributes = getattr(value, "__dict__", None)
-    slots = slots_of(type(value))
-    if not slots:
-        return attributes if isinstance(attributes, dict) else None
-    present = {name: getattr(value, name) for name in slots if hasattr(value, name)}
-    return {**present, **attributes} if isinstance(attributes, dict) else present
-
-
-def slots_of(cls: type) -> list[str]:
-    """Return the names of the slots of a class and its bases, whether they are set or not."""
-    return [name for base in cls.__mro__ for name, slot in vars(base).items() if isinstance(slot, _SLOT)]
-
-
-def has_attributes_only(cls: type) -> bool:
-    """Tell whether all that instances of a class hold are attributes, by the room that they take.
-
-    A class of C has room for more, and so have those derived from it: of dict, a tensor or a tokenizer.
-    """
-    pointers = len(slots_of(cls)) + (cls.__dictoffset__ > 0) + (cls.__weakrefoffset__ > 0)
-    return not cls.__itemsize__ and cls.__basicsize__ == object.__basicsize__ + pointers * _POINTER_BYTES
-
-
-_SLOT = types.MemberDescriptorType
-_POINTER_BYTES = struct.calcsize("P")
-
-
-def _own_repr(value: object) -> str | None:
-    """Return what an object's own ``__repr__`` says of it; None if it has none or shows an address."""
-    if type(value).__repr__ is object.__repr__:
-        return None
-    shown = repr(value)
-    return None if " at 0x" in shown else shown
-
-
-def encode_array(array: np.ndarray[Any, Any]) -> bytes:
-    """Return the bytes of an array that holds no objects."""
-    content = digest_bytes(_bytes_of(array))
-    return digest_parts([b"array", str(array.dtype).encode(), str(array.shape).encode(), content])
-
-
-def _bytes_of(array: np.ndarray[Any, Any]) -> bytes | memoryview:
-    """Return the bytes of an array in C order, without a copy where they lie so already."""
-    if not array.nbytes:
-        return b""
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _generator_state(value: object) -> object:
-    """Return the state of a random number generator as plain data."""
-    if isinstance(value, torch.Generator):
-        return str(value.device), value.get_state().numpy()
-    if isinstance(value, np.random.Generator):
-        return value.bit_generator.state
-    if isinstance(value, np.random.BitGenerator):
-        return value.state
-    if isinstance(value, np.random.RandomState):
-        return value.get_state()
-    return None if isinstance(value, random.SystemRandom) else cast("random.Random", value).getstate()
-
-
 def _own_name(value: object) -> bytes:
     name = getattr(value, "__qualname__", getattr(value, "__name__", ""))
     return f"{getattr(value, '__module__', '')}.{name}".encode()
 
 
-#: What lies deeper in an encoding has no name.
-_DEEPEST = 100
+def generator_state(value: Any) -> object:  # noqa: ANN401 - one of ``GENERATORS``
+    """Return the state of a random number generator as plain data."""
+    if isinstance(value, torch.Generator):
+        return str(value.device), value.get_state().numpy()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    bits = _bits_of(value)
+    # Children that are spawned draw from the sequence of seeds, and leave the generator's own state as it is.
+    return bits.state, getattr(getattr(bits, "_seed_seq", None), "state", None)
 
-_BUILT_IN_CONTAINERS = frozenset({tuple, list, deque, set, frozenset, dict, OrderedDict, defaultdict})
 
-#: What is known by its name alone.
-_NAMED = (
-    type, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, types.ModuleType,
-    np.ufunc,
-)  # fmt: skip
+def _bits_of(value: Any) -> Any:  # noqa: ANN401 - a generator of NumPy and the bit generator in it
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator
+    return value._bit_generator if isinstance(value, np.random.RandomState) else value  # noqa: SLF001 - no public name
 
-#: Random number generators count by their state, so one that moves at every call is noticed.
-GENERATORS = (torch.Generator, np.random.Generator, np.random.BitGenerator, np.random.RandomState, random.Random)
 
-#: What is open says nothing of what is read through it.
-_OPEN = (io.IOBase, socket.socket)
+def _is_seeded(value: Any) -> bool:  # noqa: ANN401 - as above
+    """Tell whether somebody gave a generator its seed, as far as it shows: of ``random.Random`` it does not."""
+    if isinstance(value, torch.Generator):
+        seed = value.initial_seed()
+        return seed < _LARGEST_TORCH_SEED or seed == torch.Generator(device="cpu").initial_seed()
+    if isinstance(value, random.Random):
+        return False
+    entropy = getattr(getattr(_bits_of(value), "_seed_seq", None), "entropy", None)
+    return not isinstance(entropy, int) or entropy < _LARGEST_SEED
 
-#: The types of plain values that long lists are made of.
-_FREQUENT = frozenset({str, int, float, tuple})
 
-_PROCESS_GROUP = (torch.distributed.ProcessGroup,) if torch.distributed.is_available() else ()
-
-#: What coordinates, logs or talks to the outside: it counts by its type, whatever state it is in.
-_WITHOUT_VALUE: tuple[type[Any], ...] = (
-    type(threading.Lock()), type(threading.RLock()), threading.Condition, threading.Semaphore,
-    threading.Barrier, threading.Thread, threading.local, Executor, Future, logging.Logger, logging.LoggerAdapter,
-    logging.Handler, io.IOBase, socket.socket, types.FrameType, types.TracebackType, torch.Stream, torch.Event,
-    *_PROCESS_GROUP,
-)  # fmt: skip
+def _is_global(value: object) -> bool:
+    """Tell whether a generator is one of those that everybody draws from."""
+    held = getattr(random.random, "__self__", None), np.random.mtrand._rand, torch.default_generator  # noqa: SLF001
+    return any(value is generator for generator in held)

@@ -1,0 +1,236 @@
+"""What objects of classes written in C are made of, for the standard library and for libraries that people use.
+
+Found by the names of classes: nothing is imported that the object's own class did not import.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from torchcache.keys.registry import Encode, Registration, ship, ship_part
+
+
+def _reduction(value: Any) -> object:  # noqa: ANN401 - here and below: an object of the class that is registered
+    """Return what pickle would keep of an object, beside its class."""
+    return value.__reduce_ex__(4)[1:]
+
+
+# -- the standard library and NumPy ------------------------------------------------------------------------------
+
+
+def _memory_map(value: Any) -> object:  # noqa: ANN401
+    return value.tell(), value[:]
+
+
+def _stream(value: Any) -> object:  # noqa: ANN401
+    return value.getvalue(), value.tell()
+
+
+def _memory_view(value: memoryview) -> object:
+    return value.format, value.shape, value.tobytes()
+
+
+def _time_zone(value: Any) -> object:  # noqa: ANN401
+    if value.key is None:
+        raise TypeError("a time zone that was read from a file has no name")
+    return value.key
+
+
+def _pattern(value: Any) -> object:  # noqa: ANN401
+    return value.pattern, value.flags
+
+
+def _dtype(value: np.dtype[Any]) -> object:
+    metadata = dict(value.metadata) if value.metadata else None
+    if value.subdtype is not None:
+        return *value.subdtype, metadata
+    fields = None if value.fields is None else dict(value.fields)
+    return value.str, value.names, fields, value.itemsize, value.isalignedstruct, metadata, value.type.__name__
+
+
+def _shared_memory(value: Any) -> object:  # noqa: ANN401
+    """Return the bytes of an object of ctypes.
+
+    Raises:
+        TypeError: If it holds an address, since what lies there is not seen.
+    """
+    cls = type(value)
+    if issubclass(cls, ctypes.c_char_p | ctypes.c_wchar_p):
+        return value.value
+    if not _is_plain_memory(cls):
+        raise TypeError("it holds an address")
+    return [str(field[:2]) for field in getattr(cls, "_fields_", ())], bytes(value)
+
+
+def _is_plain_memory(cls: Any) -> bool:  # noqa: ANN401 - a class of ctypes
+    if issubclass(cls, ctypes.Array):
+        return _is_plain_memory(cls._type_)
+    if issubclass(cls, ctypes.Structure | ctypes.Union):
+        fields = [field for base in cls.__mro__ for field in vars(base).get("_fields_", ())]
+        return all(_is_plain_memory(field[1]) for field in fields)
+    return getattr(cls, "_type_", None) in set("cbBhHiIlLqQfdg?u")
+
+
+_IMMUTABLE: dict[tuple[str, str], Encode] = {
+    **{("datetime", name): _reduction for name in ("date", "datetime", "time", "timedelta", "timezone")},
+    ("builtins", "range"): _reduction,
+    ("decimal", "Decimal"): lambda value: value.as_tuple(),
+    ("zoneinfo", "ZoneInfo"): _time_zone,
+    ("re", "Pattern"): _pattern,
+    ("_struct", "Struct"): lambda value: value.format,
+    **{("operator", name): _reduction for name in ("attrgetter", "itemgetter", "methodcaller")},
+    ("types", "GenericAlias"): _reduction,
+    ("_ctypes", "CField"): repr,
+    ("torch", "finfo"): repr,
+    ("torch", "iinfo"): repr,
+}
+
+_CHANGING: dict[tuple[str, str], Encode] = {
+    ("_io", "BytesIO"): _stream,
+    ("_io", "StringIO"): _stream,
+    ("mmap", "mmap"): _memory_map,
+    ("builtins", "memoryview"): _memory_view,
+    ("builtins", "mappingproxy"): lambda value: tuple(value.items()),
+    **{("builtins", f"dict_{name}"): tuple for name in ("keys", "values", "items")},
+    ("array", "array"): lambda value: (value.typecode, value.tobytes()),
+    ("itertools", "count"): repr,
+    ("weakref", "ReferenceType"): lambda value: value(),
+    ("_contextvars", "ContextVar"): lambda value: (value.name, value.get(None)),
+    **{("_ctypes", name): _shared_memory for name in ("_SimpleCData", "Structure", "Union", "Array")},
+}
+
+
+# -- libraries ---------------------------------------------------------------------------------------------------
+
+
+def _frame(value: Any) -> object:  # noqa: ANN401
+    more = [(name, getattr(value, name, None)) for name in value._metadata]  # noqa: SLF001 - as pandas asks of subclasses
+    more += [("flags", value.flags.allows_duplicate_labels)]
+    return value.columns, value.index, [column.array for _, column in value.items()], value.attrs, more
+
+
+def _series(value: Any) -> object:  # noqa: ANN401
+    more = [(name, getattr(value, name, None)) for name in value._metadata]  # noqa: SLF001 - as above
+    more += [("flags", value.flags.allows_duplicate_labels)]
+    return value.name, value.index, value.array, value.attrs, more
+
+
+def _backed_array(value: Any) -> object:  # noqa: ANN401
+    """Return an array of dates, categories or strings without what it has noted about itself."""
+    return value._ndarray, value.dtype, getattr(value, "_freq", None)  # noqa: SLF001 - the public ones copy
+
+
+def _index(value: Any) -> object:  # noqa: ANN401
+    return value.__reduce__()[1]
+
+
+def _arrow_table(value: Any) -> object:  # noqa: ANN401
+    arrow = sys.modules["pyarrow"]
+    sink = arrow.BufferOutputStream()
+    with arrow.ipc.new_stream(sink, value.schema) as writer:
+        writer.write(value)
+    return sink.getvalue().to_pybytes()
+
+
+def _arrow_array(value: Any) -> object:  # noqa: ANN401
+    return _arrow_table(sys.modules["pyarrow"].table({"": value}))
+
+
+def _variable(value: Any) -> object:  # noqa: ANN401
+    return value.dims, value.data, dict(value.attrs), dict(value.encoding)
+
+
+def _data_set(value: Any) -> object:  # noqa: ANN401
+    return dict(value.variables), [*value.data_vars], dict(value.attrs)
+
+
+def _data_array(value: Any) -> object:  # noqa: ANN401
+    return value.name, value.variable, {name: coordinate.variable for name, coordinate in value.coords.items()}
+
+
+def _sparse(value: Any) -> object:  # noqa: ANN401
+    """Return the attributes of a sparse matrix without notes such as whether its indices are sorted."""
+    return {name: part for name, part in vars(value).items() if not name.startswith("_has_")}
+
+
+def _image(value: Any) -> object:  # noqa: ANN401
+    palette = None if value.palette is None else (value.palette.mode, bytes(value.palette.tobytes()))
+    return value.mode, value.size, value.tobytes(), palette, value.info, getattr(value, "tell", int)()
+
+
+_OF_LIBRARIES: dict[tuple[str, str], Encode] = {
+    ("ctypes", "CDLL"): lambda value: value._name,  # noqa: SLF001 - it has no public one
+    ("_thread", "_local"): vars,  # what the present thread sees
+    ("pandas", "DataFrame"): _frame,
+    ("pandas", "Series"): _series,
+    ("pandas", "Index"): _index,
+    ("pandas", "NDArrayBacked"): _backed_array,
+    ("pandas", "ArrowExtensionArray"): lambda value: (value.dtype, value.__arrow_array__()),
+    ("pandas", "NAType"): repr,
+    **{("pyarrow", name): _arrow_table for name in ("Table", "RecordBatch")},
+    **{("pyarrow", name): _arrow_array for name in ("Array", "ChunkedArray")},
+    ("polars", "DataFrame"): lambda value: value.serialize(),
+    ("polars", "Series"): lambda value: value.to_frame().serialize(),
+    ("xarray", "Variable"): _variable,
+    ("xarray", "Dataset"): _data_set,
+    ("xarray", "DataArray"): _data_array,
+    ("scipy", "_spbase"): _sparse,
+    ("PIL", "Image"): _image,
+    ("sentencepiece", "SentencePieceProcessor"): lambda value: (value.serialized_model_proto(), _public(value)),
+}
+
+
+def _tokenizer(value: Any) -> object:  # noqa: ANN401
+    return value.__getstate__()
+
+
+def _tokenizer_in_transformers(value: Any) -> object:  # noqa: ANN401
+    """Return what a tokenizer is, without how it truncates and pads: transformers sets that at each call."""
+    state = value.__getstate__()
+    return state[state.index(b'"added_tokens"') :]
+
+
+def _quick_tokenizer_in_transformers(value: Any) -> object:  # noqa: ANN401
+    """Return all of a tokenizer but for its vocabulary, of which some tokens and the size."""
+    size = value.get_vocab_size(with_added_tokens=True)
+    if size <= _SMALL_VOCABULARY:
+        return _tokenizer_in_transformers(value)
+    tokens = [value.id_to_token(i) for i in range(0, size, max(1, size // _TOKENS))]
+    parts = value.normalizer, value.pre_tokenizer, value.post_processor, value.decoder
+    states = [part and part.__getstate__() for part in parts]
+    added = [(number, str(token)) for number, token in value.get_added_tokens_decoder().items()]
+    return size, tokens, added, states, type(value.model), value.encode_special_tokens
+
+
+def _quick_tokenizer(value: Any) -> object:  # noqa: ANN401
+    return value.truncation, value.padding, _quick_tokenizer_in_transformers(value)
+
+
+#: At most so many tokens of a larger vocabulary are compared at each call; a smaller one is compared as a whole.
+_TOKENS = 64
+_SMALL_VOCABULARY = 1024
+
+
+def _public(value: Any) -> Mapping[str, object]:  # noqa: ANN401
+    return {name: part for name, part in vars(value).items() if name != "this"}
+
+
+def _ship_all() -> None:
+    for (package, name), encode in _IMMUTABLE.items():
+        ship(package, name, Registration(encode, is_immutable=True))
+    for (package, name), encode in _CHANGING.items():
+        ship(package, name, Registration(encode))
+    for (package, name), encode in _OF_LIBRARIES.items():
+        ship(package, name, Registration(encode, stands_for_subclasses=True))
+    ship("tokenizers", "Tokenizer", Registration(_tokenizer, quick=_quick_tokenizer))
+    in_transformers = Registration(_tokenizer_in_transformers, quick=_quick_tokenizer_in_transformers)
+    ship_part("transformers", "PreTrainedTokenizerBase", "_tokenizer", in_transformers)
+    ship("numpy", "dtype", Registration(_dtype, is_immutable=True, stands_for_subclasses=True))
+
+
+_ship_all()

@@ -1,0 +1,153 @@
+"""Arguments that all samples of a call share: they count by value, whatever they are."""
+
+from __future__ import annotations
+
+import types
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from torchcache.arguments import Tensors, refuse_module
+from torchcache.keys.code import CodeWalk, is_own_class, walk_code
+from torchcache.keys.digest import digest_parts
+from torchcache.keys.values import Observer, encode_value
+from torchcache.tensors import unsupported_kind
+
+
+class SharedArgument:
+    """An argument of a call that is one sample, or one that ``unbatched`` names.
+
+    Args:
+        name: Of the parameter.
+        place: Index into args, or key of kwargs.
+        value: The argument.
+
+    Attributes:
+        leaves: The tensors in it.
+        opaque: Where it holds something that cannot be seen, and of what type.
+        generators: The random number generators in it.
+
+    Raises:
+        UncacheableError: If it is a module.
+    """
+
+    is_shared = True
+    sequences: Sequence[tuple[str, Sequence[object]]] = ()
+
+    __slots__ = ("_encoded", "_value", "generators", "leaves", "name", "opaque", "place")
+
+    def __init__(self, name: str, place: int | str, value: object) -> None:
+        refuse_module(name, value)
+        self.name = name
+        self.place = place
+        self._value = value
+        seen = _Seen()
+        self._encoded = self._encode(seen)
+        self.leaves = [Tensors(path, tensor) for path, tensor in seen.tensors]
+        self.opaque = seen.opaque
+        self.generators = seen.generators
+
+    def tensors(self) -> list[Tensors]:
+        """Return the tensors in it."""
+        return self.leaves
+
+    def encode(self) -> bytes:
+        """Return the bytes of all of it, as it was when the call came."""
+        return self._encoded
+
+    def has_changed(self) -> bool:
+        """Tell whether it is another value now."""
+        return self._encode(_Seen()) != self._encoded
+
+    def copied(self) -> object:
+        """Return a copy of it, as far as it is made of tensors, arrays and built-in containers."""
+        return _copied(self._value, 0)
+
+    def _encode(self, seen: _Seen) -> bytes:
+        encoded = encode_value(self._value, self.name, seen)
+        return digest_parts([b"shared", encoded, *seen.codes()])
+
+
+def _copied(value: Any, depth: int) -> Any:  # noqa: ANN401 - of any kind
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if type(value) in (np.ndarray, bytearray):
+        return value.copy()
+    if depth == _DEEPEST:
+        return value
+    if type(value) in (list, tuple, set):
+        return type(value)(_copied(item, depth + 1) for item in value)
+    if type(value) in (dict, OrderedDict):
+        return type(value)((key, _copied(item, depth + 1)) for key, item in value.items())
+    return value  # code may ask whether it is this very object
+
+
+#: Containers in containers are copied this deep.
+_DEEPEST = 32
+
+
+class _Seen(Observer):
+    """What an encoding of an argument comes upon."""
+
+    #: A generator that is handed over may be copied, which draws nothing.
+    counts_generators = True
+
+    def __init__(self) -> None:
+        self.tensors: list[tuple[str, torch.Tensor]] = []
+        self.opaque: list[tuple[str, str]] = []
+        self.generators: list[object] = []
+        self._classes: dict[type, None] = {}
+        self._walked: set[type | types.FunctionType] = set()  # whose globals are being encoded
+
+    def refer(self, value: torch.nn.Module | torch.Tensor, path: str) -> bytes | None:
+        if not isinstance(value, torch.Tensor):
+            self.note_opaque(path, value)
+            return b"module"
+        self.tensors.append((path, value))
+        return None if unsupported_kind(value) is None else b"unsupported"
+
+    def code_of(self, function: types.FunctionType) -> bytes:
+        return self._encode_code(function)
+
+    def note_code(self, code: object) -> None:
+        if isinstance(code, type) and is_own_class(code):
+            self._classes.setdefault(code)
+
+    def note_opaque(self, path: str, value: object) -> None:
+        self.opaque.append((path, type(value).__qualname__))
+
+    def note_generator(self, generator: object) -> None:
+        self.generators.append(generator)
+
+    def codes(self) -> list[bytes]:
+        """Return the bytes of the code of the user's own classes."""
+        return [self._encode_code(cls) for cls in [*self._classes]]
+
+    def _encode_code(self, code: type | types.FunctionType) -> bytes:
+        """Encode a function or class: its code, the helpers that it calls, and the globals that these read."""
+        if code in self._walked:
+            return b"again"
+        self._walked.add(code)
+        walk = _walk_of(code)
+        values = [encode_value(name.read(), name.label, self) for name in walk.names]
+        self._walked.discard(code)
+        return digest_parts([walk.fingerprint, *values])
+
+
+#: The walks from classes and functions in arguments, the latest last.
+_walks: OrderedDict[type | types.FunctionType, CodeWalk] = OrderedDict()
+_MOST_WALKS = 256
+
+
+def _walk_of(code: type | types.FunctionType) -> CodeWalk:
+    """Walk from a class or function, or return the walk of an earlier call, if nothing has changed since."""
+    walk = _walks.pop(code, None)
+    if walk is None or walk.has_changed():
+        walk = walk_code(code)
+    _walks[code] = walk
+    if len(_walks) > _MOST_WALKS:
+        _walks.popitem(last=False)
+    return walk
