@@ -315,8 +315,8 @@ class Batch:
         #: hold one value per sample and what to pass in its place.
         self.evidence = ", ".join(f"{path} is a {kind}" for argument in shared for path, kind in argument.opaque)
         self._is_opaque = bool(self.evidence)
-        if tuples or any(argument.sequences for argument in arguments):
-            self.evidence = self._find_ambiguity(tuples) or self.evidence
+        if not self._is_opaque and (tuples or any(argument.sequences for argument in arguments)):
+            self.evidence = self._find_ambiguity(tuples)
 
     def _find_leaves(self) -> list[Any]:
         return [leaf for argument in self.arguments if not argument.is_shared for leaf in argument.leaves]

@@ -22,26 +22,29 @@ _MANAGED_WEAKREF = 1 << 3 if sys.version_info >= (3, 12) else 0
 def attributes_of(value: object) -> dict[str, Any] | None:
     """Return the attributes in an object's ``__dict__`` and slots; None if its class provides for none."""
     attributes = getattr(value, "__dict__", None)
-    if not slots_of(type(value)):
+    slots = _slots_of(type(value))
+    if not slots:
         return attributes if isinstance(attributes, dict) else None
     present: dict[str, Any] = {}
-    for base in type(value).__mro__:
-        for name, slot in vars(base).items():
-            if not isinstance(slot, _SLOT) or name in _NO_SLOTS:
-                continue
-            try:
-                held = slot.__get__(value)
-            except AttributeError:  # it is not set
-                continue
-            # A derived class may have a slot of the same name.
-            present[name if name not in present else f"{base.__qualname__}.{name}"] = held
+    for base, name, slot in slots:
+        try:
+            held = slot.__get__(value)
+        except AttributeError:  # it is not set
+            continue
+        # A derived class may have a slot of the same name.
+        present[name if name not in present else f"{base.__qualname__}.{name}"] = held
     return {**present, **attributes} if isinstance(attributes, dict) else present
 
 
 def slots_of(cls: type) -> list[str]:
     """Return the names of the slots of a class and its bases, whether they are set or not."""
+    return [name for _, name, _ in _slots_of(cls)]
+
+
+def _slots_of(cls: type) -> list[tuple[type, str, types.MemberDescriptorType]]:
+    """Return the slots of a class and its bases, each with the class that has it, and its name."""
     return [
-        name
+        (base, name, slot)
         for base in cls.__mro__
         for name, slot in vars(base).items()
         if isinstance(slot, _SLOT) and name not in _NO_SLOTS
