@@ -105,6 +105,12 @@ _CHANGING: dict[tuple[str, str], Encode] = {
 }
 
 
+def _storage(value: Any) -> object:  # noqa: ANN401
+    """Return the bytes of a storage of torch as a tensor; what pickle keeps of one is another in each process."""
+    torch = sys.modules["torch"]
+    return torch.empty(0, dtype=torch.uint8, device=value.device).set_(value)
+
+
 # -- libraries ---------------------------------------------------------------------------------------------------
 
 
@@ -166,6 +172,8 @@ def _image(value: Any) -> object:  # noqa: ANN401
 _OF_LIBRARIES: dict[tuple[str, str], Encode] = {
     ("ctypes", "CDLL"): lambda value: value._name,  # noqa: SLF001 - it has no public one
     ("_thread", "_local"): vars,  # what the present thread sees
+    ("torch", "UntypedStorage"): _storage,
+    ("torch", "TypedStorage"): lambda value: (value.dtype, value._untyped_storage),  # noqa: SLF001 - the public one warns
     ("pandas", "DataFrame"): _frame,
     ("pandas", "Series"): _series,
     ("pandas", "Index"): _index,
