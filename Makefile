@@ -1,13 +1,13 @@
 # Each target does all of its own set-up; it needs git, make and a Python with venv.
 PYTHON ?= python3
 TOX := build/tools/bin/tox
-# Before check, whose closing line is the one to look at.
 TORCHLESS := torchless-py310,torchless-py312,torchless-py313
 
 .PHONY: test demo bench clean
 
+# The first that fails is the last that runs, so that what it says ends the log.
 test: build/tools/.stamp
-	$(TOX) run -e $(TORCHLESS),check
+	$(TOX) run --fail-fast -e $(TORCHLESS),check
 
 # make demo ARGS="..." and make bench ARGS="..." hand their arguments on.
 demo: build/demo/.stamp
@@ -24,7 +24,7 @@ clean:
 # A stamp is written last, so an installation that was cut off is made again from nothing.
 build/tools/.stamp: tox.ini
 	$(PYTHON) -m venv --clear build/tools
-	build/tools/bin/python -m pip install --quiet "tox>=4.30"
+	build/tools/bin/python -m pip install --quiet "tox>=4.36"
 	touch $@
 
 # pip first: 21.3 is the first with editable installations that need no setup.py, and Python 3.10.0 brings 21.2.

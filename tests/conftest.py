@@ -5,9 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 import torchcache.log
+
+# No test fails because a machine is slow. Where everything must run, the examples are the same at each run: what
+# random ones find is found at a desk, where it can be looked at.
+hypothesis.settings.register_profile("torchcache", deadline=None, derandomize=bool(os.environ.get("TORCHCACHE_CI")))
+hypothesis.settings.load_profile("torchcache")
 
 
 @pytest.hookimpl(wrapper=True)

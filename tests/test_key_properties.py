@@ -49,7 +49,7 @@ def check(name, rng, directory, interpreters=None):
 @pytest.mark.parametrize("name", HERE)
 @given(rng=st.randoms(use_true_random=False))
 @settings(
-    max_examples=3, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=3, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )  # fmt: skip
 def test_the_rules_hold(name, rng, tmp_path_factory):
     outcome = check(name, rng, tmp_path_factory.getbasetemp())

@@ -435,4 +435,4 @@ class AgainstAnOrderedDict(RuleBasedStateMachine):
 
 
 TestAgainstAnOrderedDict = AgainstAnOrderedDict.TestCase
-TestAgainstAnOrderedDict.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestAgainstAnOrderedDict.settings = settings(max_examples=150, stateful_step_count=30)

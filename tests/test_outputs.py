@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
@@ -156,20 +156,17 @@ OUTPUTS = st.recursive(
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
-@settings(deadline=None)
 @given(OUTPUTS)
 def test_any_tree_of_tensors_comes_back_bit_for_bit(output):
     assert_same(round_trip(output), output)
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf")
-@settings(deadline=None)
 @given(OUTPUTS)
 def test_the_first_result_is_as_the_later_ones(output):
     assert_same(rounded(flatten(output), None), round_trip(output))
 
 
-@settings(deadline=None)
 @given(OUTPUTS, st.permutations(range(N)))
 def test_rows_may_be_put_together_in_any_order(output, order):
     tree = flatten(output)

@@ -126,7 +126,7 @@ def test_what_stands_in_the_padding_does_not_count():
     assert cache_of(module).stats().misses == 2
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(0, 30), min_size=1, max_size=6), st.integers(0, 4)), min_size=1, max_size=5

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import msgpack
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
 
@@ -209,13 +209,11 @@ def trees_of(leaves):
 TREES = trees_of(st.builds(Leaf)).filter(lambda value: not isinstance(value, Leaf) and tree_of(value).leaves)
 
 
-@settings(deadline=None)
 @given(TREES)
 def test_a_tree_comes_back_as_it_was(value):
     assert_alike(round_trip(value), value)
 
 
-@settings(deadline=None)
 @given(TREES)
 def test_equal_trees_have_equal_bytes(value):
     assert tree_of(round_trip(value)).encode() == tree_of(value).encode()
@@ -588,13 +586,11 @@ HOSTILE = st.recursive(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(HOSTILE)
 def test_random_nodes_raise_nothing(packed):
     decode_hostile(msgpack.packb(packed))
 
 
-@settings(deadline=None)
 @given(TREES, st.data())
 def test_damaged_bytes_raise_nothing(value, data):
     structure = bytearray(tree_of(value).encode())

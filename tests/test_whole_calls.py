@@ -222,7 +222,7 @@ def test_calls_that_differ_share_nothing(one, other):
     assert len(calls) == 2
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.one_of(st.integers(), st.floats(), st.text(), st.binary(), st.booleans(), st.none()), max_size=5))
 def test_equal_plain_arguments_hit(values):
     cached, calls = counted(lambda values: values)

@@ -6,7 +6,7 @@ import ast
 import textwrap
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from torchcache.keys.calls import NONE, Operand, uses_of
@@ -124,7 +124,6 @@ STATEMENTS = [
 ]
 
 
-@settings(deadline=None)
 @given(st.sampled_from(STATEMENTS), expressions.filter(lambda text: "f'" not in text or text.count("'") == 2))
 def test_calls_are_those_of_the_text(statement, expression):
     text = "def target(a, b):\n    " + statement.format(expression)

@@ -238,7 +238,7 @@ class SmallStoreModel(RuleBasedStateMachine):
             shutil.rmtree(self.root)
 
 
-bounded = settings(max_examples=40, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+bounded = settings(max_examples=40, stateful_step_count=25, suppress_health_check=[HealthCheck.too_slow])
 
 StoreModel.TestCase.settings = bounded
 SmallStoreModel.TestCase.settings = bounded

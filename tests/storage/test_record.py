@@ -348,7 +348,7 @@ layouts = st.builds(
     order=st.randoms(use_true_random=False),
     is_random=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_rows_of_any_layouts_come_back_in_any_order(some, zstd_level, order, is_random):
     digests, records, expected = [], [], {}
     for layout, n in some:
@@ -389,7 +389,7 @@ wild_layouts = st.builds(
 
 @given(layout=wild_layouts)
 @example(layout=Layout((Leaf("uint8", "uint8", (0, 0)),), bytes(65_490)))  # a header of one byte too many
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_what_is_not_refused_is_read_again_and_the_rest_would_not_be(layout):
     refusal = refusal_of(layout)
     if refusal is None and layout.nbytes < 1 << 16:
@@ -405,7 +405,7 @@ def test_what_is_not_refused_is_read_again_and_the_rest_would_not_be(layout):
 
 
 @given(st.lists(st.one_of(st.none(), st.binary(max_size=200)), max_size=6))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_random_bytes_are_refused(some):
     records = [None if item is None else memoryview(item) for item in some]
     found, missing, corrupt = unpack_many(NAMESPACE, [DIGEST] * len(some), records)
@@ -416,7 +416,7 @@ def test_random_bytes_are_refused(some):
 
 
 @given(described=st.binary(max_size=80), payload=st.binary(max_size=80), codec=st.sampled_from([0, 0, 1, 1, 9]))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_random_headers_with_a_valid_checksum_never_raise(described, payload, codec):
     assert_refused_or_consistent(forge(described=described, payload=payload, codec=codec))
 
@@ -432,7 +432,7 @@ def test_random_headers_with_a_valid_checksum_never_raise(described, payload, co
     payload=st.binary(max_size=64),
     codec=st.integers(0, 2),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_well_formed_headers_of_any_content_never_raise(structure, sizes, numbers, payload, codec):
     record = forge(structure=structure, leaves=[[*numbers, sizes]], payload=payload, codec=codec)
     assert_refused_or_consistent(record)
