@@ -633,7 +633,7 @@ def test_the_example_decodes_each_image_once_and_flips_it_anew(tmp_path):
         env={**os.environ, "PYTHONPATH": str(root), "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 def run(name, *arguments):
     """Run an example; return what it printed."""
     done = subprocess.run(
-        [sys.executable, EXAMPLES / name, *map(str, arguments)], capture_output=True, text=True, timeout=120,
+        [sys.executable, EXAMPLES / name, *map(str, arguments)], capture_output=True, text=True, timeout=250,
         check=False, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

@@ -301,7 +301,7 @@ def test_a_later_program_rebuilds_classes_that_its_code_names(tmp_path):
     root = str(Path(__file__).parents[1])
     misses = [
         subprocess.run(
-            [sys.executable, "program.py", "cache"], capture_output=True, text=True, timeout=60, check=True,
+            [sys.executable, "program.py", "cache"], capture_output=True, text=True, timeout=250, check=True,
             cwd=tmp_path, env={"PYTHONPATH": root, "PATH": ""},
         ).stdout.strip()
         for _ in range(2)

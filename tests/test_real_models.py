@@ -116,7 +116,7 @@ cache_of(model).close()
 def test_a_bare_transformers_model_finds_its_results_in_another_process(cache_dir):
     seen = [
         subprocess.run(
-            [sys.executable, "-c", PROGRAM, str(cache_dir)], capture_output=True, text=True, timeout=100, check=True,
+            [sys.executable, "-c", PROGRAM, str(cache_dir)], capture_output=True, text=True, timeout=250, check=True,
             env={**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(Path(__file__).parents[1])},
         ).stdout.split()[-2:]
         for seed in ("1", "2")

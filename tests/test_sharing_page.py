@@ -30,7 +30,7 @@ def run(tmp_path):
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=100,
+            timeout=250,
             check=False,
         )
         assert result.returncode == 0, result.stdout + result.stderr

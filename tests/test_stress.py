@@ -20,7 +20,7 @@ def stress(*words: object) -> tuple[int, list[str]]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith(("TORCHCACHE_", "COVERAGE_"))}
     done = subprocess.run(
         [sys.executable, "-m", "stress", *map(str, words)],
-        capture_output=True, text=True, timeout=110, cwd=ROOT, env=variables, check=False,
+        capture_output=True, text=True, timeout=250, cwd=ROOT, env=variables, check=False,
     )  # fmt: skip
     assert done.stderr == ""
     return done.returncode, done.stdout.splitlines()
@@ -153,7 +153,7 @@ def test_a_key_that_is_wrong_for_a_form_of_calls_is_found(tmp_path):
     assert {plant.split()[0] for plant in plants} == set(SUITES["forms"].plants)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PLANTED, tmp_path, *plants], capture_output=True, text=True, cwd=ROOT,
-        check=False, timeout=110,
+        check=False, timeout=250,
     )  # fmt: skip
     assert done.stdout.splitlines() == [f"{plant.split()[0]} 7" for plant in plants], done.stderr
 

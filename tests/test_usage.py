@@ -61,7 +61,7 @@ def run_script(text: str, folder: Path, *arguments: object, **environment: str) 
         env={**os.environ, "PYTHONPATH": str(root), **environment},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=250,
         check=False,
     )
     assert done.returncode == 0, done.stderr

@@ -310,7 +310,7 @@ def in_a_child(tmp_path, *flags, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=250,
         check=True,
     )
     return done.stdout.split()

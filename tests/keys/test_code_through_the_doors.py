@@ -108,7 +108,7 @@ def test_a_scripted_function_counts_by_its_graph(tmp_path):
         (folder / "scripted.py").write_text(text)
         child = CHILD.format(root=str(ROOT), folder=str(folder))
         environment = {**os.environ, "PYTHONHASHSEED": seed}
-        return subprocess.check_output([sys.executable, "-c", child], env=environment, text=True, timeout=110)
+        return subprocess.check_output([sys.executable, "-c", child], env=environment, text=True, timeout=250)
 
     base = fingerprint(SCRIPTED, "1")
     assert fingerprint("# A comment.\n" + SCRIPTED, "2") == base

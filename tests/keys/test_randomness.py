@@ -264,7 +264,7 @@ print(*walk_code(target).draws.sources)
 
 def test_what_the_code_imports_only_when_it_runs_is_found():
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    seen = subprocess.check_output([sys.executable, "-c", LATE], env=environment, text=True, timeout=100)
+    seen = subprocess.check_output([sys.executable, "-c", LATE], env=environment, text=True, timeout=250)
     assert seen.split() == ["numpy.random.default_rng", "uuid.uuid4"]
 
 

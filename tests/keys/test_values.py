@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -121,6 +122,13 @@ def test_arguments_differ_by_type_and_value():
     for i, value in enumerate(ARGUMENTS):
         previous = encoded.setdefault(encode_argument(value, "argument"), i)
         assert previous == i, f"{ARGUMENTS[previous]!r} and {value!r} have the same bytes"
+
+
+def test_an_object_that_remembers_what_pickle_asked_of_it_has_one_value():
+    """pandas reduces a period by its ``freq``, which it computes once and keeps among its attributes."""
+    period = pd.Period("2000-01-22", freq="D")
+    first = encode_argument(period, "day")
+    assert encode_argument(period, "day") == first
 
 
 def test_equal_arguments_have_equal_bytes():

@@ -537,8 +537,10 @@ def _parts_of(value: object) -> tuple[object, ...] | None:
     kind = type(value)
     attributes = attributes_of(value) or {}  # before, as asking an exception for them changes what pickle would keep
     try:
-        reduce = copyreg.dispatch_table.get(kind)
-        reduced = value.__reduce_ex__(4) if reduce is None else reduce(value)
+        reduced = _reduce(value)
+        now = attributes_of(value) or {}
+        if now.keys() != attributes.keys():  # asking filled a cache that the object has
+            attributes, reduced = now, _reduce(value)
         if not isinstance(reduced, tuple):
             return None
         parts = tuple(list(part) if i > 2 and isinstance(part, Iterator) else part for i, part in enumerate(reduced))
@@ -547,6 +549,11 @@ def _parts_of(value: object) -> tuple[object, ...] | None:
     if any(isinstance(inspect.getattr_static(kind, name, None), types.FunctionType) for name in _BY_HAND):
         return parts
     return (*parts, attributes)
+
+
+def _reduce(value: object) -> object:
+    reduce = copyreg.dispatch_table.get(type(value))
+    return value.__reduce_ex__(4) if reduce is None else reduce(value)
 
 
 #: Methods with which a class written in Python says itself what is kept of its objects.
