@@ -131,6 +131,23 @@ def test_an_object_that_remembers_what_pickle_asked_of_it_has_one_value():
     assert encode_argument(period, "day") == first
 
 
+@pytest.mark.parametrize(
+    ("value", "ask"),
+    [
+        (pd.array([1, None], dtype="Int64"), lambda value: value.dtype),
+        (pd.DataFrame({"a": pd.array([1.5, None], dtype="Float64")}), lambda value: value["a"].array.dtype),
+        (pd.Int8Dtype(), lambda value: value.numpy_dtype),
+        (pd.CategoricalDtype(["a", "b"]), hash),
+        (pd.DatetimeTZDtype("ns", "UTC"), lambda value: value.base),
+    ],
+)
+def test_what_pandas_remembers_of_a_value_is_no_part_of_it(value, ask):
+    """Its dtypes are objects of the whole process: who asked one before would decide whether another program hits."""
+    before = encode_argument(value, "value")
+    ask(value)
+    assert encode_argument(value, "value") == before
+
+
 def test_equal_arguments_have_equal_bytes():
     pairs = [
         ({"a": 1, "b": 2}, {"b": 2, "a": 1}),

@@ -131,6 +131,11 @@ def _backed_array(value: Any) -> object:  # noqa: ANN401
     return value._ndarray, value.dtype, getattr(value, "_freq", None)  # noqa: SLF001 - the public ones copy
 
 
+def _without_cache(value: Any) -> object:  # noqa: ANN401
+    """Return the attributes of an array or a dtype of pandas without what it has computed of itself so far."""
+    return {name: part for name, part in vars(value).items() if name != "_cache"}
+
+
 def _index(value: Any) -> object:  # noqa: ANN401
     return value.__reduce__()[1]
 
@@ -178,6 +183,8 @@ _OF_LIBRARIES: dict[tuple[str, str], Encode] = {
     ("pandas", "Series"): _series,
     ("pandas", "Index"): _index,
     ("pandas", "NDArrayBacked"): _backed_array,
+    **{("pandas", name): _without_cache for name in ("BaseMaskedArray", "BaseMaskedDtype")},
+    **{("pandas", name): _without_cache for name in ("CategoricalDtype", "DatetimeTZDtype")},
     ("pandas", "ArrowExtensionArray"): lambda value: (value.dtype, value.__arrow_array__()),
     ("pandas", "NAType"): repr,
     **{("pyarrow", name): _arrow_table for name in ("Table", "RecordBatch")},
