@@ -344,12 +344,19 @@ OTHERS = {
     "mode": "read",
     "persistent_module_hash": "mine",
 }
+#: These decide where a value is, or whether there is a cache at all.
+WHERE = {"enabled", "persistent", "persistent_cache_dir", "shared"}
 FACTOR = 2.0
 
 
 def scaled(x, mask, by):
     """Work on a sample."""
     return x * mask[:, :, None] * by * FACTOR
+
+
+def test_each_option_is_tried_with_another_value():
+    assert set(OTHERS) == set(OPTIONS) - WHERE
+    assert {OPTIONS[name][2] for name in WHERE} == {"no"}
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -396,8 +403,7 @@ def test_the_table_of_modes_has_each_mode_of_the_code():
 
 
 def test_the_table_of_environment_variables_has_each_that_the_code_reads():
-    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "torchcache").rglob("*.py"))
-    read_by_code = set(re.findall(r'"(TORCHCACHE_[A-Z_]+[A-Z])"', code))
+    read_by_code = set(re.findall(r'"(TORCHCACHE_[A-Z_]+[A-Z])"', CODE))
     assert {row[0].strip("`") for row in table("## Environment variables")} == read_by_code
 
 
@@ -413,11 +419,13 @@ def test_what_options_mean_is_described():
 
 # -- names --------------------------------------------------------------------------------------------------------
 
-#: Arguments of functions that are not ours, as the pages write them.
+#: Names that are not ours, as the pages write them.
 FOREIGN = {
-    "batch_first", "collate_fn", "convert_to_tensor", "fullgraph", "fused", "hash_transform", "inplace", "metasync",
-    "safe_load", "scale", "stride", "sync", "typed", "writemap",
+    "classify_text", "collate_fn", "convert_to_tensor", "decode_images", "encode_image", "fullgraph", "fused",
+    "hash_transform", "inplace", "load_state_dict", "metasync", "persistent_workers", "pickle_hashing", "push_to_hub",
+    "safe_load", "scale", "stride", "sync", "token_type_ids", "typed", "writemap",
 }  # fmt: skip
+CODE = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "torchcache").rglob("*.py"))
 
 
 def inline(name: str) -> list[str]:
@@ -440,6 +448,12 @@ def test_each_option_that_a_page_sets_exists(name):
     attributes = {argument for code in inline(name) for argument in re.findall(r"torchcache_(\w+)", code)}
     assert {*set_here} - known == set()
     assert {*attributes} - set(OPTIONS) == set()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_each_name_that_a_page_writes_as_code_is_in_the_code(name):
+    written = {word for code in inline(name) for word in re.findall(r"(?<![\w.])[a-z]+(?:_[a-z0-9]+)+", code)}
+    assert written - FOREIGN - set(re.findall(r"\w+", CODE)) == set()
 
 
 @pytest.mark.parametrize("name", PAGES)
