@@ -153,6 +153,7 @@ FROM_THE_CODE = {
         f"stay free for others, such as checkpoints: writing stops before. `None`: {LEFT_FREE}.",
         f"| {LOWEST_LEVEL} (fastest) to {HIGHEST_LEVEL} (smallest), not 0. |",
         f"what nobody touched for {STALE}",
+        f"After {word(recheck._EFFECTS)} such calls in a row",
         f"(modes {mode(GROUP.directory_mode)} and {mode(GROUP.file_mode)}, whatever the umask)",
         f"`None`: {gb(writer.DEFAULT_QUEUE_BYTES)}, and {gb(writer.WORKER_QUEUE_BYTES)} in a worker process.",
         f"`None`: {DEFAULT}, and {WORKER} in a worker process.",
