@@ -8,6 +8,8 @@ import sys
 from benchmarks import calls, hits, layout, state_check, wrong_hits
 from benchmarks.workload import BenchmarkError
 
+BENCHMARKS = {"calls": calls, "hits": hits, "layout": layout, "state": state_check, "wrong-hits": wrong_hits}
+
 
 def main() -> int:
     """Run the benchmark that the command line names and return the exit status."""
@@ -22,8 +24,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        modules = {"calls": calls, "hits": hits, "layout": layout, "state": state_check, "wrong-hits": wrong_hits}
-        return modules[args.command].run(args)
+        return BENCHMARKS[args.command].run(args)
     except BenchmarkError as error:
         print(f"benchmarks {args.command}: {error}", file=sys.stderr)
         return 1

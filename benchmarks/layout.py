@@ -12,7 +12,7 @@ import platform
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 from pathlib import Path
 
@@ -21,6 +21,7 @@ import msgpack
 import numpy as np
 from xxhash import xxh3_128_digest
 
+from benchmarks._tables import write_table
 from benchmarks.workload import BenchmarkError
 from torchcache.layout import Layout, Leaf, Rows
 from torchcache.storage.directory import CacheDirectory
@@ -42,6 +43,8 @@ SIZES = {100: 100_000, 1000: 60_000, 1500: 40_000, 3000: 30_000, 600_000: 300}
 
 #: What issue and design ask for: payload bytes times this on disk at most.
 TARGETS = {100: 2.5, 1000: 1.2, 1500: 1.2, 3000: 1.15, 600_000: 1.15}
+
+TABLE = "layout.md"
 
 
 class PlainRecords:
@@ -118,6 +121,7 @@ def read(side: PlainRecords | Segments, digests: Sequence[bytes], width: int) ->
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of this benchmark."""
     parser.add_argument("--work-dir", default="build/bench", help="where the environments are made")
+    parser.add_argument("--write", action="store_true", help=f"write the table to docs/tables/{TABLE} too")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -128,6 +132,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"{platform.platform()}, cores {os.cpu_count()}, python {platform.python_version()}, lmdb {lmdb.__version__}")
     print("row bytes  layout     bytes/payload   writes/s  single reads/s  batch reads/s")
     missed = []
+    lines: list[str] = []
+    ratios = {}
     for size, n in SIZES.items():
         digests = [xxh3_128_digest(i.to_bytes(8, "little")) for i in range(n)]
         chosen = [digests[i] for i in np.random.default_rng(1).integers(0, n, READS if size < 100_000 else READS // 20)]
@@ -142,19 +148,39 @@ def run(arguments: argparse.Namespace) -> int:
                 batch[name].append(read(side, chosen, BATCH))
         for name, side in sides.items():
             used = side.path.joinpath("data.mdb").stat().st_size / (n * size)
-            print(
-                f"{size:>9}  {name:9}  {used:>12.2f}x  {writes[name]:>9.0f}  "
-                f"{statistics.median(single[name]):>14.0f}  {statistics.median(batch[name]):>13.0f}"
-            )
+            rates = writes[name], statistics.median(single[name]), statistics.median(batch[name])
+            print(f"{size:>9}  {name:9}  {used:>12.2f}x  {rates[0]:>9.0f}  {rates[1]:>14.0f}  {rates[2]:>13.0f}")
+            lines.append(f"| {size:,} | {name} | {used:.2f}x | {' | '.join(f'{rate:,.0f}' for rate in rates)} |")
             if name == "segments" and used > TARGETS[size]:
                 missed.append(f"{size} B: {used:.2f}x on disk, target {TARGETS[size]}x")
             side.close()
         pairs = [ours / plain for ours, plain in zip(single["segments"], single["records"], strict=True)]
-        print(f"{size:>9}  single reads of segments against records: {statistics.median(pairs):.2f}")
-        if statistics.median(pairs) < LEAST_SINGLE_RATIO:
-            missed.append(f"{size} B: single reads at {statistics.median(pairs):.2f} of plain records")
+        ratios[size] = statistics.median(pairs)
+        print(f"{size:>9}  single reads of segments against records: {ratios[size]:.2f}")
+        if ratios[size] < LEAST_SINGLE_RATIO:
+            missed.append(f"{size} B: single reads at {ratios[size]:.2f} of plain records")
         shutil.rmtree(root)
         root.mkdir(mode=0o700)
     for line in missed:
         print("MISSED", line)
+    if arguments.write:
+        write_table(TABLE, markdown(lines, ratios))
     return 1 if missed else 0
+
+
+def markdown(lines: Sequence[str], ratios: Mapping[int, float]) -> str:
+    """Return the table that docs/storage.md includes."""
+    kernel = ".".join(platform.release().split(".")[:2])
+    system = f"{platform.system()} {kernel}, Python {platform.python_version()}, lmdb {lmdb.__version__}"
+    shown = ", ".join(f"{ratio:.2f} ({size:,} B)" for size, ratio in ratios.items())
+    return "\n".join(
+        [
+            f"Measured on {os.cpu_count()} cores, {system}, {ROUNDS} rounds in turns; reads are medians.",
+            "",
+            "| row bytes | layout | bytes on disk per payload byte | writes/s | single reads/s | batch reads/s |",
+            "|---|---|---|---|---|---|",
+            *lines,
+            "",
+            f"Single reads from segments against those of plain records, paired by round: {shown}.",
+        ]
+    )

@@ -35,6 +35,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import _wrong_hits_between, _wrong_hits_cases
+from benchmarks._tables import write_table
 from benchmarks._wrong_hits_child import edit_program, write_program
 from benchmarks._wrong_hits_sides import SIDES
 from benchmarks.hits import INSTALL_TIMEOUT_SECONDS, install_rival
@@ -56,12 +57,13 @@ REQUIREMENTS = {
 SILENCE_TIMEOUT_SECONDS = 120
 KILLED_AFTER_SECONDS = 0.5
 RIGHT = "right"
+TABLE = "wrong-hits.md"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of ``python -m benchmarks wrong-hits``."""
     parser.add_argument("--sides", nargs="+", choices=CACHES, default=list(CACHES))
-    parser.add_argument("--markdown", action="store_true", help="print the table for docs/keys.md")
+    parser.add_argument("--write", action="store_true", help=f"write the table of all caches to docs/tables/{TABLE}")
     parser.add_argument("--work-dir", type=Path, default=Path("build"), help="rivals and caches")
 
 
@@ -69,14 +71,18 @@ def run(args: argparse.Namespace) -> int:
     """Run every row with every cache, print the table, and return 1 if a row of ours is not right, else 0.
 
     Raises:
-        BenchmarkError: If a rival cannot be installed.
+        BenchmarkError: If a rival cannot be installed, or a table of some caches only would be written.
     """
+    if args.write and set(args.sides) != set(CACHES):
+        raise BenchmarkError("--write writes the table of all caches; drop --sides")
     folders = {side: install(side, args.work_dir) for side in args.sides}
     table = {}
     for side in args.sides:
         print(f"running {side} ...", file=sys.stderr)
         table[side] = see_all(side, folders[side], args.work_dir)
-    print(markdown(table, folders) if args.markdown else plain(table, folders))
+    print(plain(table, folders))
+    if args.write:
+        write_table(TABLE, markdown(table, versions(folders)))
     ours = table.get(OURS, {})
     wrong = [row for row in ROWS if not ours.get(row.name, RIGHT).startswith(RIGHT)]
     for row in wrong:
@@ -267,8 +273,13 @@ def plain(table: dict[str, dict[str, str]], folders: dict[str, Path | None]) -> 
     return "\n".join([*lines, *(f"{side}: {count(cells)}" for side, cells in table.items())])
 
 
-def markdown(table: dict[str, dict[str, str]], folders: dict[str, Path | None]) -> str:
-    """Return the table for docs/keys.md."""
+def markdown(table: dict[str, dict[str, str]], seen_with: str) -> str:
+    """Return the table that docs/keys.md includes.
+
+    Args:
+        table: What was seen of each cache, by the name of the row.
+        seen_with: The versions, and the day.
+    """
     lines = [f"| | {' | '.join(table)} |", "|---" * (len(table) + 1) + "|"]
     group = ""
     for row in ROWS:
@@ -277,7 +288,8 @@ def markdown(table: dict[str, dict[str, str]], folders: dict[str, Path | None]) 
             lines.append(f"| **{group}** |" + " |" * len(table))
         cells = (_emphasised(seen[row.name]) for seen in table.values())
         lines.append(f"| {row.title} | {' | '.join(cells)} |")
-    return "\n".join([f"{versions(folders)}.", "", *lines, "", *(f"- {s}: {count(c)}" for s, c in table.items())])
+    totals = [f"- {side}: {count(cells)}" for side, cells in table.items()]
+    return "\n".join([f"Seen with {seen_with}.", "", *lines, "", *totals])
 
 
 def _emphasised(cell: str) -> str:

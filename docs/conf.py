@@ -13,6 +13,8 @@ extensions = [
     "sphinx.ext.doctest",
     "sphinx.ext.napoleon",
 ]
+# Other pages include these.
+exclude_patterns = ["tables"]
 # A link to a heading on another page, `usage.md#sizes`, is checked as well.
 myst_heading_anchors = 3
 

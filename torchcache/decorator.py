@@ -314,8 +314,8 @@ def _check_construction(module: nn.Module) -> None:
     if isinstance(arguments, UnnamedArgument) and options.enabled and not options.persistent_module_hash:
         warnings.warn(
             f"argument {arguments.path!r} of {type(module).__qualname__} is an object of type "
-            f"{arguments.type_name} without a stable name, so its cache is good for this process only; give the "
-            "type a __repr__ that says its value, pass plain values, or set persistent_module_hash",
+            f"{arguments.type_name} without a stable name, so its cache is good for this process only; register the "
+            "type with torchcache.register_value(), pass plain values, or set persistent_module_hash",
             stacklevel=3,
         )
 

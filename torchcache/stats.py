@@ -21,7 +21,7 @@ class CacheStats:
         duplicates: Rows equal to another row of their batch; computed or fetched once.
         shared_rows: Rows that another thread was computing at that moment, and that came from it.
         bypasses: Calls that went around the cache, by reason.
-        bypassed_rows: Rows of those calls.
+        bypassed_rows: Rows of those calls, but for those that were looked up first and count as misses.
         memory_rows: Rows in the memory tier now.
         memory_bytes: Bytes the memory tier holds now, at most ``max_memory_cache_size``.
         store_bytes: Bytes under ``persistent_cache_dir`` at this process's last look.
