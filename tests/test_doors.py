@@ -11,6 +11,7 @@ import sys
 import threading
 import typing
 import warnings
+from multiprocessing.reduction import ForkingPickler  # torch.multiprocessing adds what it does with tensors
 from pathlib import Path
 
 import pytest
@@ -305,6 +306,197 @@ def test_a_decorated_module_is_freed_when_its_user_lets_it_go():
         del module
         gc.collect()
         assert gone() is None
+
+
+# -- every door: what turns it off and on, and what copies of a module compute ----------
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(10, 4).requires_grad_(False)
+
+    def forward(self, x):
+        return self.linear(x)
+
+    def encode(self, x):
+        return self.linear(x)
+
+
+@torchcache()
+class ByClass(Body):
+    pass
+
+
+class ByMethod(Body):
+    @torchcache()
+    def encode(self, x):
+        return self.linear(x)
+
+
+class OfInstance(Body):
+    """Is decorated, or has a method that is, when it is made."""
+
+
+def by_assigned_method():
+    module = OfInstance()
+    module.encode = torchcache()(module.encode)
+    return module
+
+
+#: How to make a module, and what of it is called.
+DOORS = {
+    "class": (ByClass, lambda module: module),
+    "instance": (lambda: torchcache()(OfInstance()), lambda module: module),
+    "method": (ByMethod, lambda module: module.encode),
+    "assigned method": (by_assigned_method, lambda module: module.encode),
+}
+
+
+@pytest.fixture(params=DOORS)
+def door(request):
+    make, entry = DOORS[request.param]
+    torch.manual_seed(0)
+    return request.param, make(), entry
+
+
+def is_off(target):
+    """Tell whether a target computes at each call, as if it were not decorated."""
+    first, second = target(torch.ones(10)), target(torch.ones(10))  # a batch of none, which a cache would refuse
+    assert torch.equal(first, second)
+    with pytest.raises(ConfigError, match="has no cache"):
+        cache_of(target)
+    return not hasattr(target, "cache_instance")
+
+
+def test_an_attribute_of_the_class_turns_every_door_off_and_on(door, monkeypatch):
+    _, module, entry = door
+    monkeypatch.setattr(type(module), "torchcache_enabled", False, raising=False)
+    assert is_off(entry(module))
+    monkeypatch.setattr(type(module), "torchcache_enabled", True)
+    assert is_cached(entry(module))
+
+
+def test_an_attribute_of_the_instance_wins_at_every_door(door, monkeypatch):
+    _, module, entry = door
+    monkeypatch.setattr(type(module), "torchcache_enabled", False, raising=False)
+    module.torchcache_enabled = True
+    assert is_cached(entry(module))
+    monkeypatch.setattr(type(module), "torchcache_enabled", True)
+    module.torchcache_enabled = False
+    assert is_off(entry(module))
+
+
+def test_what_a_door_knew_is_there_when_it_is_turned_on_again(door):
+    _, module, entry = door
+    x = batch()
+    before = entry(module)(x)
+    module.torchcache_enabled = False
+    assert is_off(entry(module))
+    module.torchcache_enabled = True
+    assert torch.equal(entry(module)(x), before)
+    assert hits(entry(module)) == 4
+
+
+def test_an_attribute_that_is_neither_true_nor_false_is_refused_at_every_door(door):
+    _, module, entry = door
+    entry(module)(batch())
+    module.torchcache_enabled = "no"
+    with pytest.raises(ConfigError, match="enabled='no' must be True or False"):
+        entry(module)(batch())
+
+
+def replicated(module):
+    """Return what ``nn.DataParallel`` makes on each device."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module.named_children():
+        setattr(replica, name, copy.deepcopy(child))
+    return replica
+
+
+def copied(module):
+    twin = copy.copy(module)
+    vars(twin)["_modules"] = copy.deepcopy(module._modules)  # or both had the same linear
+    return twin
+
+
+def sent(module):
+    """Return what a process gets that torch.multiprocessing sends a module with weights in shared memory."""
+    return pickle.loads(bytes(ForkingPickler.dumps(module.share_memory())))
+
+
+COPIES = {"replica": replicated, "copy": copied, "deepcopy": copy.deepcopy, "pickle": through_pickle, "sent": sent}
+
+#: What of an instance alone is cached does not go with a shallow copy.
+NOT_CACHED = {(door, "replica") for door in DOORS} | {("instance", "copy"), ("assigned method", "copy")}
+
+
+@pytest.mark.parametrize("copying", COPIES)
+@pytest.mark.parametrize("is_called_before", [True, False], ids=["called before", "new"])
+def test_every_copy_of_a_module_computes_with_its_own_weights(door, copying, is_called_before):
+    name, module, entry = door
+    x = batch()
+    torch.manual_seed(0)
+    plain = Body()
+    before = entry(plain)(x)
+    if is_called_before:
+        assert torch.equal(entry(module)(x), before)
+    twin, plain_twin = COPIES[copying](module), COPIES[copying](plain)
+    for changed in (twin, plain_twin):
+        changed.linear.weight.data += 1
+    assert not torch.equal(entry(plain_twin)(x), before) or copying == "sent"
+    for _ in range(2):
+        assert torch.equal(entry(twin)(x), entry(plain_twin)(x))
+        assert torch.equal(entry(module)(x), entry(plain)(x))
+    if (name, copying) in NOT_CACHED:
+        assert is_off(entry(twin))
+    else:
+        assert is_cached(entry(twin))
+        assert cache_of(entry(twin)) is not cache_of(entry(module))
+    assert is_cached(entry(module))
+    assert not {"forward", "encode", "cache_instance"} & vars(plain).keys()
+
+
+def test_a_shallow_copy_may_be_decorated_and_copied_in_turn():
+    module = torchcache()(OfInstance())
+    twin = torchcache()(copy.copy(module))
+    assert is_cached(twin)
+    again = copy.deepcopy(twin)
+    assert is_cached(again)
+    assert vars(again)["forward"] is not vars(twin)["forward"] is not vars(module)["forward"]
+
+
+def test_a_shallow_copy_keeps_the_forward_that_its_instance_had():
+    module = OfInstance()
+    module.forward = lambda x: x * 2
+    assert torch.equal(copy.copy(torchcache()(module))(batch()), batch() * 2)
+
+
+def test_a_state_of_its_own_is_copied_as_the_class_says():
+    class Own(Body):
+        def __getstate__(self):
+            return {**vars(self), "seen": True}
+
+    module = torchcache()(Own())
+    for twin in (copy.copy(module), copy.deepcopy(module)):
+        assert twin.seen
+        assert torch.equal(twin(batch()), module(batch()))
+
+
+def test_copies_that_data_parallel_makes_are_said_once(door, caplog):
+    _, module, entry = door
+    for _ in range(2):
+        replica = replicated(module)
+        assert torch.equal(entry(replica)(batch()), replica.linear(batch()))
+    assert caplog.text.count("nn.DataParallel makes copies of the module for each call") == 1
+
+
+def test_the_hooks_for_copies_count_in_no_key():
+    module = torchcache()(OfInstance())
+    module(batch())
+    described = [name for name, _ in cache_of(module)._identity.describe()]
+    assert "state linear.in_features" in described, described
+    assert not [name for name in described if "__getstate__" in name or "_replicate" in name]
 
 
 # -- inheritance ----------

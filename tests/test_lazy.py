@@ -359,3 +359,39 @@ def test_padded_batches_and_own_keys_work(options):
     ids = torch.tensor([[1.0, 2, 0, 0]])
     assert torch.equal(module(ids=ids, mask=ids != 0), ids)
     assert cache_of(module).stats().misses == 1
+
+
+def test_a_lazy_module_is_turned_off_and_on_as_every_module_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = lazy(encoder), torch.rand(3, 3)
+    before = module(x)
+    module.torchcache_enabled = False
+    assert torch.equal(module(x), before)
+    assert not hasattr(module, "cache_instance")
+    with pytest.raises(ConfigError, match="has no cache"):
+        cache_of(module)
+    module.torchcache_enabled = True
+    assert torch.equal(module(x), before)
+    assert cache_of(module).stats().memory_hits == 3
+    del module.torchcache_enabled
+    monkeypatch.setattr(type(module), "torchcache_enabled", False, raising=False)
+    assert not hasattr(module, "cache_instance")
+    monkeypatch.undo()
+    replica = module._replicate_for_data_parallel()
+    assert torch.equal(replica(x), before)
+    assert not hasattr(replica, "cache_instance")
+
+
+def test_options_of_a_lazy_module_may_be_attributes() -> None:
+    module = lazy(encoder, enabled=False)
+    module.torchcache_enabled, module.torchcache_version = True, "2"
+    assert cache_of(module).options.version == "2"
+
+
+def test_a_shallow_copy_of_a_lazy_module_builds_its_own() -> None:
+    module, x = lazy(encoder), torch.rand(3, 3)
+    before = module(x)
+    twin = copy.copy(module)
+    assert not twin.is_built
+    assert torch.equal(twin(x), before)
+    assert cache_of(twin) is not cache_of(module)
+    assert twin.model is not module.model

@@ -15,6 +15,7 @@ from torch import nn
 
 from torchcache import CacheOptions, ConfigError, cache_of, torchcache
 from torchcache.options import OPTION_NAMES, OptionArguments, parse_size
+from torchcache.storage import environment, temporary
 
 SIZES = ["max_memory_cache_size", "max_persistent_cache_size", "queue_bytes", "min_free_disk"]
 SECONDS = ["queue_timeout_seconds", "lock_timeout_seconds", "flush_timeout_seconds"]
@@ -269,7 +270,17 @@ def test_a_module_hash_that_is_not_a_plain_file_name_is_refused(value):
     refusal_of(persistent_module_hash=value)
 
 
-@pytest.mark.parametrize("value", ["a", "minilm-v1", "A_b.c+d=e@f", "0", "x" * 128, "_x"])
+@pytest.mark.parametrize(
+    "value",
+    [f"mine.{environment._SET_ASIDE}", f"a.b.{environment._SET_ASIDE}", f"{temporary._PREFIX}0123abcd"],
+)
+def test_a_module_hash_under_which_torchcache_puts_something_else_is_refused(value):
+    message = refusal_of(persistent_module_hash=value)
+    assert "choose one that does not start with" in message
+    assert f".{environment._SET_ASIDE}" in message
+
+
+@pytest.mark.parametrize("value", ["a", "minilm-v1", "A_b.c+d=e@f", "0", "x" * 128, "_x", "damaged", "a.damaged.b"])
 def test_a_plain_file_name_is_taken_as_module_hash(value):
     assert CacheOptions(persistent_module_hash=value).persistent_module_hash == value
 

@@ -325,18 +325,16 @@ def test_a_list_of_numbers_may_be_the_only_batch():
 
 
 def test_a_list_of_another_length_is_refused_with_what_to_pass_for_all_samples():
-    @torchcache()
     def scale(x, sizes):
-        x = x["x"] if isinstance(x, dict) else x
         return x * sum(sizes)
 
     with pytest.raises(UncacheableError, match=r"sizes: 2.*pass tuple\(sizes\) or name it in unbatched") as caught:
-        scale(x, [2, 3])
+        torchcache()(scale)(x, [2, 3])
     assert caught.value.argument == "sizes"
-    assert torch.equal(scale(x, (2, 3)), x * 5)
+    assert torch.equal(torchcache()(scale)(x, (2, 3)), x * 5)
     with pytest.raises(UncacheableError, match=r"pass tuple\(x\['size'\]\)"):
-        scale({"size": [2, 3], "x": x}, 1)
-    assert torch.equal(torchcache(unbatched=("sizes",))(lambda x, sizes: x * sum(sizes))(x, [2, 3]), x * 5)
+        torchcache()(lambda x: x["x"])({"size": [2, 3], "x": x})
+    assert torch.equal(torchcache(unbatched=("sizes",))(scale)(x, [2, 3]), x * 5)
 
 
 # -- what comes from other libraries ----------------------------------------------------------------------------------

@@ -10,9 +10,14 @@ import functools
 import io
 import math
 import random
+import re
 import time
+import uuid
 from collections import OrderedDict, namedtuple
-from pathlib import Path
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from zoneinfo import ZoneInfo
 
 import numpy as np
 import pytest
@@ -29,6 +34,7 @@ Point = namedtuple("Point", "x y")  # noqa: PYI024 - an untyped one is what is t
 
 class Color(enum.Enum):
     RED = 1
+    BLUE = 2
 
 
 @dataclasses.dataclass
@@ -213,6 +219,14 @@ def test_what_is_returned_belongs_to_the_caller():
         (([np.str_("a")],), (["a"],)),
         (([Path("a")],), (["a"],)),
         (([Path("a")],), ([Path("b")],)),
+        ((PurePosixPath("a"),), (PureWindowsPath("a"),)),
+        (([PurePosixPath("a")],), ([PureWindowsPath("a")],)),
+        (({1},), (frozenset({1}),)),
+        ((b"a",), (bytearray(b"a"),)),
+        ((range(2),), ([0, 1],)),
+        ((Decimal("1.0"),), (Decimal("1.00"),)),
+        ((Fraction(1, 2),), (Decimal("0.5"),)),
+        ((dt.date(2020, 1, 1),), (dt.datetime(2020, 1, 1),)),  # noqa: DTZ001 - what has no time zone is the point
     ],
 )
 def test_calls_that_differ_share_nothing(one, other):
@@ -370,6 +384,19 @@ class Config:
         (lambda x: x + 1, lambda x: x + 2),
         (functools.partial(max, 3), functools.partial(max, 4)),
         (dt.date(2020, 1, 1), dt.date(2020, 1, 2)),
+        (dt.time(1, 2), dt.time(1, 3)),
+        (dt.timedelta(1), dt.timedelta(2)),
+        (dt.timezone.utc, dt.timezone(dt.timedelta(hours=1))),
+        (ZoneInfo("Europe/Berlin"), ZoneInfo("Europe/Paris")),
+        (dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc), dt.datetime(2020, 1, 1, tzinfo=ZoneInfo("Europe/London"))),
+        (Decimal("1.5"), Decimal("1.6")),
+        (Fraction(1, 3), Fraction(2, 3)),
+        (frozenset({1}), frozenset({2})),
+        (uuid.UUID(int=1), uuid.UUID(int=2)),
+        (bytearray(b"a"), bytearray(b"b")),
+        (1 + 2j, 1 + 3j),
+        (Color.RED, Color.BLUE),
+        (re.IGNORECASE | re.MULTILINE, re.IGNORECASE),
         (np.array([[1], "a"], dtype=object), np.array([[2], "a"], dtype=object)),
     ],
     ids=lambda value: type(value).__name__,

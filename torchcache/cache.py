@@ -165,7 +165,7 @@ class Cache:
 
         Raises:
             UncacheableError: If the call has no batch, an argument that cannot be named, or a result whose
-                rows are not the batch's.
+                rows are not the batch's, and no call was cached before. Later ones go around the cache.
             CacheMissError: If ``mode="require"`` and something would have to be computed.
             Exception: Whatever ``function`` raises.
         """
@@ -193,10 +193,12 @@ class Cache:
             return self._bypass("export_or_trace", function, args, kwargs)
         try:
             batch = self._signature_of(function).split(args, kwargs)
-        except UncacheableError:
+        except UncacheableError as error:
             if any(isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())):
                 return self._bypass("export_or_trace", function, args, kwargs)
-            raise
+            return self.refuse(error, function, args, kwargs)
+        except RecursionError:
+            return self._bypass("opaque_state", function, args, kwargs, evidence="an argument lies too deep")
         reason = batch.bypass_reason()
         if reason:
             return self._bypass(reason, function, args, kwargs, rows=batch.n, evidence=batch.evidence)
@@ -214,7 +216,10 @@ class Cache:
         reason = self._verdict_against(namespace)
         if reason:
             return self._bypass(reason, function, args, kwargs, rows=batch.n)
-        keys = current_keys(batch.n) if batch.is_divisible else None
+        try:
+            keys = current_keys(batch.n) if batch.is_divisible else None
+        except UncacheableError as error:
+            return self.refuse(error, function, args, kwargs, rows=batch.n)
         store, options = self._tiers.open(look), self.options
         call = CachedCall(
             function, args, kwargs, batch, store if options.looks_up else None, store if options.writes else None,
@@ -235,7 +240,7 @@ class Cache:
             doubted = self._computer.choose(found) if options.verify_hits and options.mode != "require" else []
             if not missing and not doubted:
                 return self._computer.assemble(found, batch)
-        except MemoryError:
+        except (MemoryError, torch.OutOfMemoryError):
             return self._go_around("out_of_memory", call)
         except CorruptRecordError as error:
             self._notices.error(error, 0)
@@ -391,6 +396,23 @@ class Cache:
         return signature
 
     # -- going around -----------------------------------------------------------------------------------------------
+
+    def refuse(
+        self,
+        error: UncacheableError,
+        function: Function,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        rows: int = 0,
+    ) -> object:
+        """Raise ``error`` while the target is being set up; later, compute a call that cannot be cached.
+
+        A run must not end hours after it began for what the cache cannot do and the target can.
+        """
+        if not self._notices.has_served():
+            raise error
+        return self._bypass("unsupported_call", function, args, kwargs, rows=rows, evidence=str(error))
 
     def _grad_reason(self) -> str | None:
         if not torch.is_grad_enabled() or not self._identity.requires_grad():

@@ -27,7 +27,7 @@ from torchcache.padding import PaddedResults, follow_length
 from torchcache.recheck import Verdicts, Witness, largest_row, row_distance, tolerance
 from torchcache.samples import Batch, PaddedBatch
 from torchcache.storage.contract import Verdict
-from torchcache.structure import Tree
+from torchcache.structure import TooLargeError, Tree
 from torchcache.tiers import CachedCall, Tiers, spread
 
 #: So many forms of plain values beside tensors are watched for batch sizes, and of results for what follows a length.
@@ -208,18 +208,20 @@ class Computer:
         kind = unsupported_leaf(tree)
         if kind is not None:
             return self._give_back(kind, call, output if is_as_given else None)
-        if isinstance(results, PaddedResults):
-            following = effect or self._follow_length(call, positions, tree, results)
-            if isinstance(following, str):
-                return _Answer(self.go_around(following, call))
-            results = following
         try:
+            if isinstance(results, PaddedResults):
+                following = effect or self._follow_length(call, positions, tree, results)
+                if isinstance(following, str):
+                    return _Answer(self.go_around(following, call))
+                results = following
             total = call.batch.n if is_trial else n + len(doubted) + (witness is not None)
             parts, overflowed = results.take_apart(tree, total, self._options().cache_dtype, self._tiers.known)
         except (MemoryError, torch.OutOfMemoryError):
             return self._give_back("out_of_memory", call, output if is_as_given else None)
+        except TooLargeError as error:
+            return self._give_back("result_too_large", call, output if is_as_given else None, str(error))
         except UncacheableError as error:
-            if not call.batch.is_divisible:
+            if not call.batch.is_divisible or (is_as_given and self._notices.has_served()):
                 self._notices.bypass("unsupported_result", call.batch.n, str(error))
                 return _Answer(output)
             if is_as_given:
@@ -355,11 +357,11 @@ class Computer:
             return self._forward_rows(call, own, [], found) if own else _NOTHING
         return self._answer_whole(call, failure)
 
-    def _give_back(self, reason: str, call: CachedCall, output: object) -> _Answer:
+    def _give_back(self, reason: str, call: CachedCall, output: object, evidence: str = "") -> _Answer:
         """Answer with ``output``, the whole call's result that cannot be cached; None: compute it."""
         if output is None:
-            return _Answer(self.go_around(reason, call))
-        self._notices.bypass(reason, call.batch.n)
+            return _Answer(self.go_around(reason, call, evidence))
+        self._notices.bypass(reason, call.batch.n, evidence)
         return _Answer(output)
 
     def _answer_changed(self, call: CachedCall, argument: str, output: object, *, are_own: bool) -> _Answer:
@@ -532,9 +534,9 @@ class Computer:
         share = self._options().verify_hits
         return sorted(p for item in found for p in item.positions if self._chance.random() < share)
 
-    def go_around(self, reason: str, call: CachedCall) -> object:
+    def go_around(self, reason: str, call: CachedCall, evidence: str = "") -> object:
         """Compute a call as if there were no cache, and note why."""
-        self._notices.bypass(reason, call.batch.n)
+        self._notices.bypass(reason, call.batch.n, evidence)
         return call.function(*call.args, **call.kwargs)
 
 

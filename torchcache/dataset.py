@@ -226,16 +226,19 @@ class CachedDataset(_Cached, Dataset[Any]):
         return total
 
     def _sample(self, cache: Cache, index: Any) -> Any:  # noqa: ANN401 - as __getitem__
-        if type(index) is not int:
-            index = _plain_index(index)
-        version = None
+        try:
+            index = index if type(index) is int else _plain_index(index)
+        except UncacheableError as error:
+            return cache.refuse(error, self._fetch, (index,), {}, rows=1)
+        version: Any = None
         if self.item_version is not None:
             version = self.item_version(index)
             if not isinstance(version, (str, int, bytes, float, type(None))):
-                raise UncacheableError(
+                refusal = UncacheableError(
                     f"item_version({index!r}) returned {version!r}; return a str, int, float, bytes or None",
                     argument="item_version",
                 )
+                return cache.refuse(refusal, self._fetch, (index,), {}, rows=1)
         return self._torchcache_door.sample(cache, index, version, self._fetch)
 
     def _fetch(self, index: object) -> object:

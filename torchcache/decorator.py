@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
+import sys
 import types
 import warnings
 import weakref
@@ -19,6 +21,7 @@ from torchcache import process
 from torchcache.cache import Cache
 from torchcache.errors import ConfigError
 from torchcache.identity import Target
+from torchcache.instances import InstanceCaches, prepare, reserve, say_replica
 from torchcache.keys.attributes import adds_attributes_only
 from torchcache.keys.code import StandIn
 from torchcache.keys.collectives import plain_class
@@ -27,7 +30,6 @@ from torchcache.keys.plain import type_name
 from torchcache.keys.values import UnnamedValueError, encode_argument
 from torchcache.options import CacheOptions, OptionArguments
 from torchcache.samples import CallSignature
-from torchcache.storage import temporary
 
 if TYPE_CHECKING:
     from typing_extensions import Never, Unpack
@@ -99,8 +101,8 @@ _LATE = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasy
 _OPTIONS = "__torchcache_options__"
 _ARGUMENTS = "_torchcache_arguments"
 
-_caches: dict[int, Cache] = {}  # id of a live module -> its cache
-_making = process.ForkLock()  # guards _caches, and those of each method
+_caches = InstanceCaches()  # of modules, whichever door they came through
+_making = process.ForkLock()  # guards the cache of each static method
 
 
 def torchcache(*target: Never, **options: Unpack[OptionArguments]) -> Decorator:
@@ -153,15 +155,11 @@ def cache_of(target: object) -> Cache:
         ConfigError: If the target is not decorated, or is not enabled.
     """
     cache: Cache | None = None
-    if isinstance(target, nn.Module):
-        forward = vars(target).get("forward")
-        if isinstance(forward, _CachedForward):
-            cache = forward.cache(target)
-        elif _OPTIONS in dir(type(target)):
-            cache = _cache_of_instance(target)
-        else:
-            cache = vars(target).get("cache_instance")
-    elif isinstance(target, (types.FunctionType, StandIn, Dataset)):
+    if isinstance(target, nn.Module) and isinstance(vars(target).get("forward"), _CachedForward):
+        cache = vars(target)["forward"].cache(target)
+    elif isinstance(target, nn.Module) and hasattr(type(target), _OPTIONS):
+        cache = _cache_of_instance(target)
+    elif isinstance(target, (nn.Module, types.FunctionType, StandIn, Dataset)):
         found = getattr(target, "cache_instance", None)
         cache = found if isinstance(found, Cache) else None
     elif isinstance(target, types.MethodType):
@@ -181,22 +179,6 @@ def _name_of(target: object) -> str:
     if isinstance(target, (type, types.FunctionType, types.MethodType)):
         return target.__qualname__
     return _name_of(target.stands_for()) if isinstance(target, StandIn) else type(target).__qualname__
-
-
-def prepare(options: CacheOptions, function: Callable[..., Any], *, is_method: bool) -> None:
-    """Check the merged options, and see to it that a temporary directory is gone at the end.
-
-    Here and not at first use: workers may use it although this process never does.
-    """
-    options.check_combinations()
-    if options.unbatched or options.padded:
-        CallSignature.of_options(function, options, is_method=is_method)
-    _reserve(options)
-
-
-def _reserve(options: CacheOptions) -> None:
-    if options.enabled and options.writes and options.persistent and options.persistent_cache_dir is None:
-        temporary.reserve()
 
 
 # -- classes ----------------------------------------------------------------------------------------------------
@@ -220,7 +202,7 @@ def _decorate_class(cls: type, options: CacheOptions) -> type:
     if _OPTIONS in vars(cls):
         raise ConfigError(f"{cls.__qualname__} is decorated with torchcache() already; drop one of the two")
     setattr(cls, _OPTIONS, options)
-    cls.__new__ = _make_new(cls)  # type: ignore[method-assign]
+    cls.__new__ = staticmethod(_make_new(cls))  # type: ignore[method-assign] # torch asks an instance for it
     cls.__init__ = _make_init(cls)  # type: ignore[method-assign]
     cls.forward = _make_forward(cls)
     if not hasattr(cls, "cache_instance"):
@@ -325,44 +307,25 @@ def _merged_options(module: nn.Module) -> CacheOptions:
     return options.with_attributes(module)
 
 
-def _is_enabled(instance: object, options: CacheOptions) -> bool:
-    """Tell whether calls of an instance are cached, as its options and attributes are now."""
-    own = getattr(instance, "__dict__", {})
-    if own.get("_is_replica"):  # DataParallel's copies live for one call
-        return False
-    enabled: bool | None = own.get("torchcache_enabled")
-    if enabled is None:
-        enabled = getattr(type(instance), "torchcache_enabled", None)
-    return options.enabled if enabled is None else enabled
-
-
 def _cache_of_instance(module: nn.Module) -> Cache | None:
-    """Return the cache of an instance of a decorated class, made at its first use; None if it has none."""
-    if not _is_enabled(module, getattr(type(module), _OPTIONS)):
-        return None
-    cache = _caches.get(id(module))
-    return cache if cache is not None else _make_cache(module)
+    """Return the cache of an instance of a decorated class; None if it is not cached."""
+    return _caches.of(module, getattr(type(module), _OPTIONS), _make_cache)
 
 
 def _make_cache(module: nn.Module) -> Cache:
     options = _merged_options(module)
     prepare(options, type(module).forward, is_method=True)
     arguments = vars(module).get(_ARGUMENTS, b"")
-    with _making.raw:
-        cache = _caches.get(id(module))
-        if cache is None:
-            cls: type[nn.Module] = plain_class(type(module))
-            target = Target(
-                name=cls.__qualname__,
-                code=cls,
-                function=cls.forward,
-                instance=weakref.ref(module),
-                arguments=None if isinstance(arguments, UnnamedArgument) else arguments,
-                is_method=True,
-            )
-            cache = _caches[id(module)] = Cache(target, lambda: options)
-            weakref.finalize(module, _caches.pop, id(module), None).atexit = False
-        return cache
+    cls: type[nn.Module] = plain_class(type(module))
+    target = Target(
+        name=cls.__qualname__,
+        code=cls,
+        function=cls.forward,
+        instance=weakref.ref(module),
+        arguments=None if isinstance(arguments, UnnamedArgument) else arguments,
+        is_method=True,
+    )
+    return Cache(target, lambda: options)
 
 
 def _cache_instance(module: nn.Module) -> Cache:
@@ -392,14 +355,23 @@ class _CachedForward:
         return function(*args, **kwargs) if cache is None else cache.call(function, args, kwargs)
 
     def cache(self, module: nn.Module) -> Cache | None:
-        """Return the module's cache, which lies beside this object; None if it is not enabled."""
-        if not vars(module).get("torchcache_enabled", self._options.enabled):
-            vars(module).pop("cache_instance", None)
-            return None
-        cache: Cache | None = vars(module).get("cache_instance")
+        """Return the module's cache, and let the attribute ``cache_instance`` be it; None if it is not cached."""
+        cache = _caches.of(module, self._options, self._make_cache)
+        attributes = vars(module)
         if cache is None:
-            cache = vars(module).setdefault("cache_instance", _InstanceCache(self))
+            attributes.pop("cache_instance", None)
+        elif attributes.get("cache_instance") is not cache:
+            attributes["cache_instance"] = cache
         return cache
+
+    def _make_cache(self, module: nn.Module) -> Cache:  # noqa: ARG002 - as of the other doors
+        return _InstanceCache(self)
+
+    def cache_of_copy(self) -> Cache:
+        """Return the cache of the module, which is a copy that is still being made."""
+        module = self._module()
+        assert module is not None
+        return _caches.get(module, self._make_cache)
 
     def describe(self) -> Target:
         """Return what is cached; also while the module is still being copied."""
@@ -440,14 +412,14 @@ class _CachedForward:
 
 
 class _InstanceCache(Cache):
-    """A cache that lies in its module's ``__dict__``: a copy of the module gets one of its own."""
+    """A cache that its module has as an attribute: a copy of the module gets one of its own."""
 
     def __init__(self, forward: _CachedForward) -> None:
         super().__init__(forward.describe(), forward.merged_options)
         self._forward = forward
 
-    def __reduce__(self) -> tuple[type[_InstanceCache], tuple[_CachedForward]]:
-        return _InstanceCache, (self._forward,)
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[_CachedForward]]:
+        return _CachedForward.cache_of_copy, (self._forward,)
 
 
 def _decorate_instance(module: nn.Module, options: CacheOptions) -> nn.Module:
@@ -463,8 +435,69 @@ def _decorate_instance(module: nn.Module, options: CacheOptions) -> nn.Module:
     prepare(options.with_attributes(module), module.forward, is_method=False)
     forward = _CachedForward(module, options)
     module.forward = forward
+    _CopyHooks(module).install()
     forward.cache(module)
     return module
+
+
+class _CopyHooks:
+    """Stands in a module's ``__dict__`` for how it is copied in part.
+
+    What is bound to a module and lies in its ``__dict__`` computes with that module's weights, whoever holds it. So a
+    shallow copy, and a copy that ``nn.DataParallel`` makes, are made without it: they compute with their own weights
+    and are not cached. A deep copy and a pickle take it along, bound to the copy.
+    """
+
+    __torchcache_original__ = None
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    def install(self) -> None:
+        """Let the module be copied in this way."""
+        module = self._module()
+        assert module is not None
+        vars(module)["__getstate__"] = self.get_state  # the copy protocol asks the instance for it
+        vars(module)["_replicate_for_data_parallel"] = self.replicate
+
+    def get_state(self) -> object:
+        """Return what the module's own ``__getstate__`` does, without what is bound to it for ``copy.copy``."""
+        module = self._module()
+        own = getattr(type(module), "__getstate__", None)  # that of object, from Python 3.11 on
+        state = vars(module) if own is None else own(module)
+        # deepcopy and pickle ask in the same way.
+        is_shallow = sys._getframe(1).f_code is copy.copy.__code__  # noqa: SLF001 - the only way to tell
+        return self._unbound(state) if is_shallow and isinstance(state, dict) else state
+
+    def replicate(self) -> nn.Module:
+        """Return a copy of the module for one call of ``nn.DataParallel``."""
+        module = self._module()
+        assert module is not None
+        say_replica(type(module).__qualname__)
+        replica: nn.Module = type(module)._replicate_for_data_parallel(module)  # noqa: SLF001
+        replica.__dict__ = self._unbound(vars(replica))
+        return replica
+
+    def _unbound(self, attributes: dict[str, Any]) -> dict[str, Any]:
+        """Return attributes of the module without those of ours."""
+        module = self._module()
+        kept: dict[str, Any] = {}
+        for name, value in attributes.items():
+            is_method = isinstance(value, _BoundMethod) and value.__self__ is module
+            if isinstance(value, _CachedForward):
+                if value.__torchcache_original__ is not None:
+                    kept[name] = value.__torchcache_original__
+            elif is_method and name == value.__name__:
+                continue  # the class has it
+            elif not isinstance(value, _InstanceCache) and getattr(value, "__self__", None) is not self:
+                kept[name] = value
+        return kept
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"module": self._module()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._module = weakref.ref(state["module"])
 
 
 # -- functions --------------------------------------------------------------------------------------------------
@@ -526,13 +559,12 @@ class _CachedMethod(StandIn):
         self._options = options
         self._is_private = is_private  # to one instance: no name leads to it
         self._is_method = False  # until it is asked for in a class or an instance, as a static method never is
-        # Guarded by _making:
-        self._static: Callable[..., Any] | None = None
-        self._caches: dict[int, tuple[weakref.ref[Any], Cache]] = {}  # by the id of a live instance
+        self._static: Callable[..., Any] | None = None  # guarded by _making
+        self._caches = InstanceCaches()
         # What instances may set by attributes is checked with them.
         if options.unbatched or options.padded:
             CallSignature.of_options(function, options, is_method=False)
-        _reserve(options)
+        reserve(options)
 
     def __get__(self, instance: object, owner: type | None = None) -> _CachedMethod | _BoundMethod:
         self._is_method = True
@@ -559,11 +591,8 @@ class _CachedMethod(StandIn):
         return self._function
 
     def cache(self, instance: object) -> Cache | None:
-        """Return the cache of an instance, made at its first use; None if it is not enabled."""
-        if not _is_enabled(instance, self._options):
-            return None
-        known = self._caches.get(id(instance))
-        return known[1] if known is not None else self._make_cache(instance)
+        """Return the cache of an instance; None if it is not cached."""
+        return self._caches.of(instance, self._options, self._make_cache)
 
     def merged_options(self, instance: object) -> CacheOptions:
         """Return the options with those the instance's attributes set, checked together."""
@@ -575,24 +604,15 @@ class _CachedMethod(StandIn):
         cls = type(instance)
         _check_instance(instance, self._function)
         options = self.merged_options(instance)
-        name = f"{cls.__qualname__}.{self._function.__name__}"
-        with _making.raw:
-            known = self._caches.get(id(instance))
-            if known is None:
-                # No weakref.finalize: it would hold the caches, and what a cache saw of the state may lead back to
-                # the instance.
-                caches, key = self._caches, id(instance)
-                reference = weakref.ref(instance, lambda _: caches.pop(key, None))
-                target = Target(
-                    name=name,
-                    code=self._function,
-                    function=self._function,
-                    instance=reference,
-                    is_method=True,
-                    method=type_name(self._function).decode("utf-8", "surrogatepass"),
-                )
-                known = self._caches[key] = reference, Cache(target, lambda: options)
-            return known[1]
+        target = Target(
+            name=f"{cls.__qualname__}.{self._function.__name__}",
+            code=self._function,
+            function=self._function,
+            instance=weakref.ref(instance),
+            is_method=True,
+            method=type_name(self._function).decode("utf-8", "surrogatepass"),
+        )
+        return Cache(target, lambda: options)
 
     def _is_of_the_class(self, value: object) -> bool:
         """Tell whether a first argument is what the method is called on, by the name of the class around it."""
@@ -666,6 +686,8 @@ def _decorate_bound_method(bound: types.MethodType, options: CacheOptions) -> _B
     _check_instance(bound.__self__, function)
     method = _make_private(function, options)
     method.merged_options(bound.__self__)
+    if isinstance(bound.__self__, nn.Module):  # which its user may assign it to
+        _CopyHooks(bound.__self__).install()
     return _BoundMethod(method, bound.__self__)
 
 

@@ -4,7 +4,7 @@
 
     TorchcacheError
     ├── ConfigError        an option, a decorated target or an attribute is wrong (raised while setting up)
-    ├── UncacheableError   a call cannot be keyed or its result cannot be split into samples
+    ├── UncacheableError   a call cannot be keyed or its result cannot be split into samples (until one was cached)
     ├── CacheMissError     a call would have to be computed in mode="require"
     ├── SampleError        a dataset raised while its cache was filled
     ├── StoreError         the disk tier cannot be used (never leaves a cached call)
@@ -33,7 +33,10 @@ class ConfigError(TorchcacheError, ValueError, TypeError):
 
 
 class UncacheableError(TorchcacheError, ValueError, TypeError):
-    """A call has an argument or a result that cannot be cached sample by sample."""
+    """A call has an argument or a result that cannot be cached sample by sample.
+
+    Raised until a call was cached; later ones go around the cache.
+    """
 
     def __init__(self, message: str, *, argument: str | None = None) -> None:
         super().__init__(message)

@@ -14,9 +14,9 @@ import torch
 from torch import nn
 
 from torchcache.cache import Cache
-from torchcache.decorator import prepare
 from torchcache.errors import ConfigError, StoreError
 from torchcache.identity import Identity, Look, Target
+from torchcache.instances import is_cached, prepare
 from torchcache.keys.digest import DIGEST_BYTES, digest_parts
 from torchcache.keys.mode import current_mode
 from torchcache.keys.values import UnnamedValueError, encode_argument
@@ -75,9 +75,25 @@ class Lazy(nn.Module):
 
     def _start(self) -> None:
         self._torchcache_holder = _Holder(self)
-        self.cache_instance: Cache | None = None
-        if self._options.enabled:
-            self.cache_instance = _LazyCache(_describe(self._factory), self._options, self._torchcache_holder)
+        self._torchcache_cache = self._make_cache() if self._options.enabled else None
+
+    @property
+    def cache_instance(self) -> Cache:
+        """The cache; an attribute ``torchcache_enabled`` turns it off and on."""
+        cache = self._cache()
+        if cache is None:
+            raise AttributeError("cache_instance: torchcache is not enabled for this module")
+        return cache
+
+    def _cache(self) -> Cache | None:
+        if not is_cached(self, self._options):
+            return None
+        if self._torchcache_cache is None:
+            self._torchcache_cache = self._make_cache()
+        return self._torchcache_cache
+
+    def _make_cache(self) -> Cache:
+        return _LazyCache(_describe(self._factory), self._options, self._torchcache_holder)
 
     @property
     def is_built(self) -> bool:
@@ -91,9 +107,10 @@ class Lazy(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - whatever the model returns
         """Return what the model returns, from the cache where it can."""
-        if self.cache_instance is None:
+        cache = self._cache()
+        if cache is None:
             return self.model(*args, **kwargs)
-        return self.cache_instance.call(self._torchcache_holder.compute, args, kwargs)
+        return cache.call(self._torchcache_holder.compute, args, kwargs)
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Return no parameters: those of the real model are kept out of this module."""
@@ -117,7 +134,7 @@ class Lazy(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_torchcache_holder": None, "cache_instance": None}
+        return {**vars(self), "_torchcache_holder": None, "_torchcache_cache": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -137,7 +154,7 @@ class _Holder:
     """The real model of one lazy module, if there is one; safe from any thread."""
 
     def __init__(self, owner: Lazy) -> None:
-        self._owner = weakref.ref(owner)
+        self.owner = weakref.ref(owner)
         self._lock = ForkLock()
         self.model: nn.Module | None = None  # guarded by _lock while it is made
 
@@ -145,7 +162,7 @@ class _Holder:
         """Return the model, built by the first who asks."""
         with self._lock.raw:
             if self.model is None:
-                owner = self._owner()
+                owner = self.owner()
                 assert owner is not None
                 model = owner._factory()  # noqa: SLF001 - they are one
                 if not isinstance(model, nn.Module):
@@ -162,7 +179,7 @@ class _Holder:
 
     def place(self) -> str:
         """Return what shapes the model beside its factory: the dtype that it is wanted as."""
-        owner = self._owner()
+        owner = self.owner()
         place = None if owner is None else owner._place  # noqa: SLF001
         return str(torch.float32 if place is None else place.dtype)
 
@@ -312,7 +329,8 @@ class _LazyCache(Cache):
     def __init__(self, target: Target, options: CacheOptions, holder: _Holder) -> None:
         prepare(options, holder.compute, is_method=False)
         target = replace(target, function=holder.compute)
-        super().__init__(target, lambda: options, _LazyIdentity(target, self, holder))
+        owner = holder.owner
+        super().__init__(target, lambda: options.with_attributes(owner()), _LazyIdentity(target, self, holder))
         self._notes: dict[bytes, bytes] = {}
         self._tiers.on_touch = self._touch_notes
 

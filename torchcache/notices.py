@@ -40,6 +40,11 @@ class Notices:
         remedy = self._remedies.get(kind) or remedy_for(kind)
         return f"{remedy} ({reason}: {evidence})" if evidence else f"{remedy} ({reason})"
 
+    def has_served(self) -> bool:
+        """Tell whether a call was looked up, or computed and taken apart: then the target is set up."""
+        values = self.counters.values()
+        return any(values.get(name) for name in ("misses", "memory_hits", "queue_hits", "store_hits"))
+
     def error(self, error: BaseException, rows: int) -> None:
         """Note a fault that became a miss, or so many rows that were not stored."""
         kind = error.kind if isinstance(error, StoreError) else type(error).__name__

@@ -35,6 +35,11 @@ _GONE = {
     "zstd_compression_threads": "compression runs on one background thread; drop it",
 }
 
+#: How names of directories begin and end that torchcache makes beside one that is named by a module hash: the private
+#: temporary ones, and those of environments that are set aside. Others begin with a dot.
+_OUR_PREFIXES = ("torchcache-tmp-",)
+_OUR_SUFFIXES = (".damaged",)
+
 
 class OptionArguments(TypedDict, total=False):
     """The keyword arguments of ``torchcache()``; ``CacheOptions`` says what each means."""
@@ -182,8 +187,14 @@ def _file_name(name: str, value: object) -> str | None:
         return None
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=@-]{0,127}", text):
         raise ConfigError(
-            f"{name}={text!r} must be a plain file name: 1 to 128 letters, digits, '_', '-', '.', '+', "
-            "'=' or '@', and not start with '.' or a sign; it names the subdirectory of the cache",
+            f"{name}={text!r} must be a plain file name: 1 to 128 ASCII letters, digits, '_', '-', '.', '+', '=' or "
+            "'@', of which the first is a letter, a digit or '_'; it names the subdirectory of the cache",
+            argument=name,
+        )
+    if text.startswith(_OUR_PREFIXES) or text.endswith(_OUR_SUFFIXES):
+        raise ConfigError(
+            f"{name}={text!r} is a name that torchcache gives to directories of its own: choose one that does not "
+            f"start with {' or '.join(_OUR_PREFIXES)} nor end with {' or '.join(_OUR_SUFFIXES)}",
             argument=name,
         )
     return text
@@ -260,7 +271,8 @@ class CacheOptions:
         persistent_cache_dir: Directory shared by all processes; None for a private temporary one
             that is deleted when the program ends.
         persistent_module_hash: A name of the user's own that replaces the module hash and the
-            weights; a plain file name.
+            weights: 1 to 128 ASCII letters, digits and ``_ - . + = @``, the first a letter, a digit or ``_``; not
+            ``torchcache-tmp-...`` nor ``....damaged``, which are names of torchcache's own.
         max_memory_cache_size: Limit of the memory tier in bytes, per cache and process.
         max_persistent_cache_size: Budget of everything under ``persistent_cache_dir`` in bytes.
         min_free_disk: How many bytes of the file system stay free for others; writing stops before. None for

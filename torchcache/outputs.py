@@ -21,7 +21,7 @@ from torchcache.layout import (
     Leaf,
     empty_rows,
 )
-from torchcache.structure import KnownClasses, Tree
+from torchcache.structure import KnownClasses, TooLargeError, Tree
 from torchcache.tensors import AS_INTEGER, DTYPE_NAMES, NUMPY_DTYPES, to_numpy, unsupported_kind
 
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -208,7 +208,7 @@ def _is_tensor(value: object) -> bool:
 def check_leaves(tree: Tree, n: int, batch_dim: int = 0) -> None:
     """Raise unless a tree can be kept, and has leaves, not too many, each with ``n`` rows along ``batch_dim``."""
     if tree.problem is not None:
-        raise UncacheableError(tree.problem)
+        raise tree.problem
     if not tree.leaves:
         raise UncacheableError(
             f"the cached call returned {type(tree.build(())).__qualname__}, not a tensor nor anything with a tensor in "
@@ -216,7 +216,7 @@ def check_leaves(tree: Tree, n: int, batch_dim: int = 0) -> None:
             "whatever it returns"
         )
     if len(tree.leaves) > MAX_LEAVES:
-        raise UncacheableError(
+        raise TooLargeError(
             f"the cached call returned {len(tree.leaves)} tensors, and at most {MAX_LEAVES} can be kept; stack "
             "those of one shape along a dimension behind the batch"
         )

@@ -45,6 +45,9 @@ REMEDIES = {
     "key of its own, for example one that also names the augmentation",
     "rows_do_not_stack": "the rows of one batch have results of different shapes or plain values",
     "unsupported_result": "the result holds something that would not come back as it is, so it is not kept",
+    "unsupported_call": "the call cannot be split into samples, or an argument of it cannot be named, and calls before "
+    "it were cached, so it is computed instead of refused",
+    "result_too_large": "the result is too large or lies too deep to be kept, so it is returned as it is",
     "parameter_as_result": "the result is a parameter, which would come back as a plain tensor; return "
     "parameter.detach()",
     "attributes_of_result": "a tensor in the result has attributes, which would not come back; return them beside it",

@@ -69,6 +69,10 @@ _REMEDY = (
 Find = Callable[[str], "type[Any] | None"]
 
 
+class TooLargeError(UncacheableError):
+    """A result is larger or deeper than what can be kept; a cached call returns it and keeps nothing."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tree:
     """A result taken apart into its leaves and what they hang in.
@@ -84,7 +88,7 @@ class Tree:
     node: Node
     leaves: Sequence[Any]
     paths: Sequence[str]
-    problem: str | None
+    problem: UncacheableError | None
     sequences: Sequence[tuple[str, Sequence[object]]] = ()
 
     def encode(self) -> bytes:
@@ -94,12 +98,12 @@ class Tree:
             UncacheableError: If it cannot be kept.
         """
         if self.problem is not None:
-            raise UncacheableError(self.problem)
+            raise self.problem
         if self.node is _LEAF:
             return b""
         structure = _to_bytes(self.node.pack())
         if len(structure) > MAX_STRUCTURE_BYTES:
-            raise UncacheableError(
+            raise TooLargeError(
                 f"the plain values of the cached call's result take {len(structure)} bytes, more than "
                 f"{MAX_STRUCTURE_BYTES}; return large values as tensors, one row a sample"
             )
@@ -434,7 +438,7 @@ class _Walk:
         self._n_nodes = 0
         self.leaves: list[Any] = []
         self.paths: list[str] = []
-        self.problem: str | None = None
+        self.problem: UncacheableError | None = None
         self.sequences: list[tuple[str, Sequence[object]]] = []
 
     def visit(self, value: object, path: str, depth: int) -> Node:
@@ -448,6 +452,7 @@ class _Walk:
                 value,
                 f"the cached call's result has more than {MAX_NODES} plain values or lies more than "
                 f"{MAX_DEPTH} deep at {path}; return large values as tensors, one row a sample",
+                TooLargeError,
             )
         plain = _plain(value)
         if plain is not None:
@@ -547,9 +552,9 @@ class _Walk:
             f"items; {_REMEDY}",
         )
 
-    def _refuse(self, value: object, problem: str) -> Node:
+    def _refuse(self, value: object, problem: str, kind: type[UncacheableError] = UncacheableError) -> Node:
         if self.problem is None:
-            self.problem = problem
+            self.problem = kind(problem)
         return _Plain((), value, None)
 
 

@@ -22,6 +22,7 @@ from torchcache.storage.access import GROUP, PRIVATE
 from torchcache.storage.contract import Verdict, Written
 from torchcache.storage.directory import CacheDirectory
 from torchcache.storage.lmdb import LmdbStore, StoreSettings
+from torchcache.storage.record import MAX_HEADER_BYTES, MAX_VALUE_BYTES
 from torchcache.storage.temporary import temporary_directory
 from torchcache.storage.writer import (
     DEFAULT_FLUSH_SECONDS,
@@ -31,6 +32,12 @@ from torchcache.storage.writer import (
     writer,
 )
 from torchcache.structure import KnownClasses
+
+#: What to say of rows that no record on disk can hold.
+_TOO_LARGE = {
+    "too_large": f"a value is larger than {MAX_VALUE_BYTES} bytes",
+    "too_large_to_describe": f"what describes a value takes more than {MAX_HEADER_BYTES} bytes",
+}
 
 
 @dataclass(slots=True)
@@ -251,6 +258,8 @@ class Tiers:
         self._notices.counters.add(written_rows=written.rows, written_bytes=written.nbytes)
         for reason, amount in written.dropped.items():
             self._notices.counters.add_to("dropped_rows", reason, amount)
+            if reason in _TOO_LARGE:
+                self._notices.say(reason, f"{_TOO_LARGE[reason]}, so it is not stored on disk ({reason}, said once)")
 
     def on_fault(self, error: BaseException, rows: int) -> None:
         """Note a fault, and rows that were not stored; called by the writer."""

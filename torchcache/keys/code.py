@@ -62,6 +62,7 @@ __all__ = [
     "Writes",
     "fingerprint_code",
     "is_bound_to_object",
+    "is_hook_of_ours",
     "is_own_class",
     "is_own_module",
     "unwrap",
@@ -320,7 +321,7 @@ class _Walk:
             if type(base) is not type:
                 self.visit_class(type(base))
             for name, value in kept.items():
-                original = vars(value).get("__torchcache_original__") if _is_ours(value) else None
+                original = _original_of(value) if _is_ours(value) else None
                 if original is not None:
                     value = original  # noqa: PLW2901 - what the class said itself
                     self.visit(value, f"{base.__name__}.{name}")
@@ -755,11 +756,30 @@ _OPENED = frozenset({
 
 def _is_ours(value: object) -> bool:
     """Tell a function of ours from one of the user's own around it, to which ``functools.wraps`` copied the mark."""
+    function = value.__func__ if isinstance(value, staticmethod) else value
     return (
-        isinstance(value, types.FunctionType)
-        and "__torchcache_original__" in vars(value)
-        and origin_of_function(value) == "torchcache"
+        isinstance(function, types.FunctionType)
+        and "__torchcache_original__" in vars(function)
+        and origin_of_function(function) == "torchcache"
     )
+
+
+def _original_of(value: Any) -> object:  # noqa: ANN401 - a function of ours, or a static method of it
+    """Return what a class itself has where a function of ours stands, or None."""
+    function = value.__func__ if isinstance(value, staticmethod) else value
+    return vars(function)["__torchcache_original__"]
+
+
+def is_hook_of_ours(name: str, value: object) -> bool:
+    """Tell whether an entry of a module's ``__dict__`` was put there by torchcache, for how it is called and copied."""
+    if name == "forward":
+        return hasattr(value, "__torchcache_original__")
+    owner = getattr(value, "__self__", None) if name in _COPYING else None
+    return hasattr(owner, "__torchcache_original__")
+
+
+#: How a module is copied.
+_COPYING = ("__getstate__", "_replicate_for_data_parallel")
 
 
 def is_bound_to_object(value: object) -> bool:
@@ -776,7 +796,7 @@ def _counts(name: object, value: object) -> bool:
     if name.startswith(("torchcache_", "__torchcache_", "__jit_unused_properties__")):
         return False
     # Ours may stand in for what the class inherits.
-    return not _is_ours(value) or vars(value)["__torchcache_original__"] is not None
+    return not _is_ours(value) or _original_of(value) is not None
 
 
 def _opened(value: object, is_own: Callable[[str | None], bool], *, into_own: bool = True) -> Iterator[object]:

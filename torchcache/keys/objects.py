@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from torchcache.keys.changes import is_container
-from torchcache.keys.code import Writes, walk_code
+from torchcache.keys.code import Writes, is_hook_of_ours, walk_code
 from torchcache.keys.collectives import Talks
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.state import StateTracker
@@ -183,7 +183,7 @@ class _Look(Observer):
             is_ours = name.startswith(("torchcache_", "_torchcache_")) or name == "cache_instance"
             static = inspect.getattr_static(cls, name, None)
             self._is_derived[cls, name] = is_ours or isinstance(static, functools.cached_property)
-        if self._is_derived[cls, name] or (name == "forward" and hasattr(value, "__torchcache_original__")):
+        if self._is_derived[cls, name] or is_hook_of_ours(name, value):
             return True
         asked = cls, name, is_container(value)
         if asked not in self._asked:

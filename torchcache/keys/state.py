@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from torchcache.keys.attributes import attributes_of, slots_of
-from torchcache.keys.code import MISSING, CodeWalk, Name, StandIn, unwrap
+from torchcache.keys.code import MISSING, CodeWalk, Name, StandIn, is_hook_of_ours, unwrap
 from torchcache.keys.collectives import (
     Talks,
     is_distributed_tensor,
@@ -489,7 +489,7 @@ class _Snapshot(Observer):
                 self._walk is not None
                 and self._walk.writes.leave_out_attribute(cls, key, is_container=_is_container(value))
             )
-            or (key == "forward" and hasattr(value, "__torchcache_original__"))
+            or is_hook_of_ours(key, value)
             or (isinstance(value, StandIn) and _is_method_of(value, owner, key))
         )
 
