@@ -154,6 +154,10 @@ FROM_THE_CODE = {
         f"version {wrong_hits.REQUIREMENTS['torch-module-cache'].partition('==')[2]} never reads what it wrote",
     ],
     "reference.md": [
+        (
+            f"has more than {rows.MAX_LEAVES} tensors, or its plain values are more than {structure.MAX_NODES:,}, more "
+            f"than {structure.MAX_STRUCTURE_BYTES // 1024} KiB or more than {structure.MAX_DEPTH} deep"
+        ),
         f"stay free for others, such as checkpoints: writing stops before. `None`: {LEFT_FREE}.",
         f"| {LOWEST_LEVEL} (fastest) to {HIGHEST_LEVEL} (smallest), not 0. |",
         f"what nobody touched for {STALE}",
@@ -230,6 +234,7 @@ NOT_FROM_THE_CODE = {
         r"`batch_dim=1`",
         r"`(max_\w+=0|TORCHCACHE_DISABLED=1|verify_hits=0\.01)`",
         r"\(`?0\.01`? is one in a hundred|`0\.01` is one in a hundred",
+        r"1 to 128 ASCII letters",  # test_options.py
     ],
     "README.md": [
         r"less than a minute",
