@@ -245,7 +245,7 @@ class Running:
         attributes = getattr(result, "__dict__", None) or {}
         added = {name: item for name, item in attributes.items() if isinstance(item, (int, str))}
         dtype = str(getattr(result, "dtype", ""))
-        return f"{kind.__module__}.{kind.__qualname__} {self._names['read'](result)} {dtype} {sorted(added.items())}"
+        return f"{kind.__qualname__} {self._names['read'](result)} {dtype} {sorted(added.items())}"
 
 
 def _new(after: Mapping[str, int], before: Mapping[str, int]) -> tuple[str, ...]:

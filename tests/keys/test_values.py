@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import ctypes
 import datetime as dt
 import enum
 import functools
@@ -146,6 +147,14 @@ def test_what_pandas_remembers_of_a_value_is_no_part_of_it(value, ask):
     before = encode_argument(value, "value")
     ask(value)
     assert encode_argument(value, "value") == before
+
+
+def test_an_array_of_ctypes_is_the_same_whichever_module_made_its_type():
+    value = eval("(ctypes.c_char * 977)()", {"__name__": "a_module", "ctypes": ctypes})
+    assert type(value).__module__ == "a_module"
+    before = encode_argument(value, "text")
+    type(value).__module__ = "another_module"
+    assert encode_argument(value, "text") == before
 
 
 def test_equal_arguments_have_equal_bytes():

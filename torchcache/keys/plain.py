@@ -7,10 +7,12 @@ seed.
 
 from __future__ import annotations
 
+import ctypes
 import enum
 import pathlib
 import struct
 import types
+from typing import Any
 
 import numpy as np
 import torch
@@ -88,6 +90,17 @@ def attributes_of_member(value: enum.Enum) -> list[str]:
 
 
 def type_name(kind: type | types.FunctionType) -> bytes:
-    """Name a type or a function; a script's module is ``__main__`` here and ``__mp_main__`` in a spawned worker."""
-    module = "" if kind.__module__ in ("__main__", "__mp_main__") else kind.__module__
+    """Name a type or a function.
+
+    A script's module is ``__main__`` here and ``__mp_main__`` in a spawned worker.
+    """
+    is_nobodys = kind.__module__ in ("__main__", "__mp_main__") or _is_made_by_ctypes(kind)
+    module = "" if is_nobodys else kind.__module__
     return f"{module}.{kind.__qualname__}".encode()
+
+
+def _is_made_by_ctypes(kind: Any) -> bool:  # noqa: ANN401 - a type or a function
+    """Tell whether a type is ``c_char * 2`` or like it: its module is the first in this process that asked for it."""
+    if type(kind) is not type(ctypes.Array) or kind is ctypes.Array:
+        return False
+    return bool(kind.__qualname__ == f"{kind._type_.__name__}_Array_{kind._length_}")
