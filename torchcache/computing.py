@@ -22,7 +22,7 @@ from torchcache.layout import Found, Rows
 from torchcache.notices import Notices
 from torchcache.options import CacheOptions
 from torchcache.outputs import unsupported_leaf
-from torchcache.own_keys import keys_in_force
+from torchcache.own_keys import keys_in_force, open_fitting, sealed
 from torchcache.padding import PaddedResults, follow_length
 from torchcache.recheck import Verdicts, Witness, largest_row, row_distance, tolerance
 from torchcache.samples import Batch, PaddedBatch
@@ -105,8 +105,10 @@ class Computer:
                 joined = self.flights.claim(flight, call.rows_at(wanted), joins=joins)
                 own = [p for i, p in enumerate(wanted) if i not in joined]
                 if self.flights.landings != call.landings and self._options().looks_up:
-                    landed, own = self._tiers.fetch("memory", call, own)
+                    landed = _opened(call, self._tiers.fetch("memory", call, own)[0])
                     computed += landed
+                    have_landed = {p for item in landed for p in item.positions}
+                    own = [p for p in own if p not in have_landed]
                 outcome = self._forward_rows(call, own, doubted, found) if own or doubted else _NOTHING
                 if isinstance(outcome, _Answer):
                     return outcome.result
@@ -139,15 +141,15 @@ class Computer:
         for position, flight in joined.items():
             by_flight.setdefault(id(flight), (flight, []))[1].append(position)
         landed: list[Found] = []
-        missing: list[int] = []
         for flight, positions in by_flight.values():
             for rows in flight.wait():
                 places = {digest: i for i, digest in enumerate(rows.digests)}
                 here = [p for p in positions if call.digests[p] in places]
-                positions = [p for p in positions if call.digests[p] not in places]  # noqa: PLW2901 - what is left
                 if here:
                     landed.append(Found(here, rows.layout, rows.data[[places[call.digests[p]] for p in here]]))
-            missing += positions
+        landed = _opened(call, landed)
+        have_landed = {p for item in landed for p in item.positions}
+        missing = [p for p in joined if p not in have_landed]
         self._notices.counters.add(shared_rows=len(joined) - len(missing))
         return landed, missing
 
@@ -175,6 +177,10 @@ class Computer:
             positions += witness.cached.positions
         is_as_given = witness is None and (is_trial or len(positions) == call.batch.n == n)
         args, kwargs, results = call.args, call.kwargs, call.batch.results
+        inputs: dict[int, bytes] = {}  # what keys of the user's stand for, before the call can change it
+        if call.keys is not None:
+            sealed_positions = [*own, *doubted]
+            inputs = dict(zip(sealed_positions, call.batch.inputs(sealed_positions), strict=True))
         failure: Exception | None = None
         changed = ""
         output: object = None
@@ -244,10 +250,10 @@ class Computer:
             self._notices.say("overflow", f"cache_dtype={self._options().cache_dtype} made finite values infinite")
         found_again: list[Found] = []
         if is_settled and doubted:
-            found_again = self._verify(call, {p: n + i for i, p in enumerate(doubted)}, found, parts, tensors)
+            found_again = self._verify(call, {p: n + i for i, p in enumerate(doubted)}, found, parts, tensors, inputs)
         computed = _at_positions(_rows_at(parts, own if is_trial and n < total else range(n)), own)
-        rows = [Rows([call.digests[p] for p in item.positions], item.layout, item.data) for item in computed]
-        reason = effect or self._reason_to_drop(call, rows, total, is_settled=is_settled)
+        rows = [_rows_to_keep(call, item, inputs) for item in computed]
+        reason = effect or self._reason_to_drop(call, computed, total, is_settled=is_settled)
         if reason:
             self._notices.counters.add_to("dropped_rows", reason, n)
             if not self._options().looks_up:
@@ -398,11 +404,13 @@ class Computer:
         self._condemn(call)
         return self._give_back("rows_depend_on_batch", call, result)
 
-    def _reason_to_drop(self, call: CachedCall, rows: list[Rows], n_forwarded: int, *, is_settled: bool) -> str | None:
+    def _reason_to_drop(
+        self, call: CachedCall, computed: list[Found], n_forwarded: int, *, is_settled: bool
+    ) -> str | None:
         """Say why computed rows must not be kept, or None."""
         if not is_settled:
             return "state_moved"
-        layout = rows[0].layout if rows else None
+        layout = computed[0].layout if computed else None
         numbers = call.batch.results.plain_numbers(layout, self._tiers.known) if layout and layout.structure else ()
         if layout and numbers:
             # A plain number that equals the batch size may be the batch size: then it holds for no other batch.
@@ -482,6 +490,7 @@ class Computer:
         found: Sequence[Found],
         parts: Sequence[Found],
         tensors: Sequence[torch.Tensor],
+        inputs: Mapping[int, bytes],
     ) -> list[Found]:
         """Compare hits with what they were computed again; what differs is said, counted, replaced, and returned.
 
@@ -491,6 +500,7 @@ class Computer:
             found: The values that are cached.
             parts: What was computed.
             tensors: What took part.
+            inputs: Digests of inputs that keys of the user's stand for.
         """
         differ: list[Found] = []
         allowed = tolerance(tensors, self._options().cache_dtype)
@@ -512,7 +522,7 @@ class Computer:
                 + ". Look at explain() for what the key misses",
             )
             (item,) = _at_positions(_rows_at(parts, [row]), [position])
-            self._tiers.replace(call, Rows([digest], item.layout, item.data.copy()))
+            self._tiers.replace(call, _rows_to_keep(call, Found(item.positions, item.layout, item.data.copy()), inputs))
             differ.append(item)
         return differ
 
@@ -536,6 +546,17 @@ class Computer:
         """Compute a call as if there were no cache, and note why."""
         self._notices.bypass(reason, call.batch.n)
         return call.function(*call.args, **call.kwargs)
+
+
+def _rows_to_keep(call: CachedCall, computed: Found, inputs: Mapping[int, bytes]) -> Rows:
+    """Return computed rows as they are kept: where keys of the user's stand for the inputs, with a digest of these."""
+    rows = Rows([call.digests[p] for p in computed.positions], computed.layout, computed.data)
+    return rows if call.keys is None else sealed(rows, [inputs[p] for p in computed.positions])
+
+
+def _opened(call: CachedCall, found: list[Found]) -> list[Found]:
+    """Return rows that came from another thread as values; sealed ones only if they are of the call's inputs."""
+    return found if call.keys is None else open_fitting(call.batch, found)
 
 
 def _rows_at(parts: Sequence[Found], rows: Sequence[int]) -> list[Found]:

@@ -12,10 +12,11 @@ import torch
 from torchcache import process
 from torchcache.errors import StoreError
 from torchcache.identity import Function, Look
-from torchcache.layout import Found, Rows
+from torchcache.layout import Found, Layout, Rows
 from torchcache.memory import MemoryTier
 from torchcache.notices import Notices
 from torchcache.options import CacheOptions
+from torchcache.own_keys import layout_without_seal
 from torchcache.recheck import Verdicts
 from torchcache.samples import Batch
 from torchcache.storage.access import GROUP, PRIVATE
@@ -113,7 +114,10 @@ class Tiers:
         return found, missing
 
     def fetch(self, tier: str, call: CachedCall, positions: Sequence[int]) -> tuple[list[Found], list[int]]:
-        """Ask one tier for the samples at ``positions``; faults become misses."""
+        """Ask one tier for the samples at ``positions``; faults become misses.
+
+        Rows that were found by keys of the user's own are sealed (see ``own_keys``).
+        """
         wanted = call.rows_at(positions)
         found: list[Found] = []
         missing: Sequence[int] = range(len(wanted))
@@ -130,10 +134,9 @@ class Tiers:
             return [], list(positions)
         if not found:
             return [], list(positions)
-        is_known = call.batch.results.is_known
-        unknown = [item for item in found if not is_known(item.layout, self.known)]
+        unknown = [item for item in found if not self._is_known(call, item.layout)]
         if unknown:
-            found = [item for item in found if is_known(item.layout, self.known)]
+            found = [item for item in found if self._is_known(call, item.layout)]
             missing = sorted([*missing, *(p for item in unknown for p in item.positions)])
         self._notices.counters.add(**{f"{tier}_hits": len(wanted) - len(missing)})
         if len(positions) == call.batch.n:
@@ -142,6 +145,11 @@ class Tiers:
             [Found([positions[p] for p in item.positions], item.layout, item.data) for item in found],
             [positions[p] for p in missing],
         )
+
+    def _is_known(self, call: CachedCall, layout: Layout) -> bool:
+        """Tell whether this process can rebuild the values of a layout that a tier gave for a call."""
+        plain = layout if call.keys is None else layout_without_seal(layout)
+        return plain is not None and call.batch.results.is_known(plain, self.known)
 
     def _fetch_from_store(self, call: CachedCall, digests: Sequence[bytes]) -> tuple[list[Found], list[int]]:
         namespace, sink = call.namespace, call.sink
