@@ -189,7 +189,14 @@ def _without_seals(found: Found) -> tuple[Found, list[bytes]]:
     """Take rows and the digests of their inputs apart."""
     layout = layout_without_seal(found.layout)
     assert layout is not None  # the tiers pass no other rows
-    last = found.data[:, layout.nbytes :]
-    seals = last if isinstance(last, np.ndarray) else last.cpu().numpy()
-    rows = Found(found.positions, layout, columns(found.data, 0, layout.nbytes))
-    return rows, [seal.tobytes() for seal in seals]
+    data = found.data
+    if not isinstance(data, np.ndarray):  # from a memory tier on an accelerator
+        seals = [seal.tobytes() for seal in data[:, layout.nbytes :].cpu().numpy()]
+        return Found(found.positions, layout, columns(data, 0, layout.nbytes)), seals
+    seals = [seal.tobytes() for seal in data[:, layout.nbytes :]]
+    # The rows close ranks in the memory they have: a second copy of large ones would cost its page faults.
+    flat = data.data.cast("B")
+    n, width, sealed_width = len(data), layout.nbytes, found.layout.nbytes
+    for i in range(1, n):
+        flat[i * width : (i + 1) * width] = flat[i * sealed_width : i * sealed_width + width]
+    return Found(found.positions, layout, data.reshape(-1)[: n * width].reshape(n, width)), seals
