@@ -237,7 +237,7 @@ class Cache:
                 raise self._miss(function, args, kwargs, missing=missing)
             doubted = self._computer.choose(found) if options.verify_hits and options.mode != "require" else []
             if not missing and not doubted:
-                return self._computer.assemble(found, batch)
+                return self._computer.assemble(found, call)
         except MemoryError:
             return self._go_around("out_of_memory", call)
         except CorruptRecordError as error:

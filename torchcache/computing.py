@@ -25,7 +25,7 @@ from torchcache.outputs import unsupported_leaf
 from torchcache.own_keys import keys_in_force, open_fitting, sealed
 from torchcache.padding import PaddedResults, follow_length
 from torchcache.recheck import Verdicts, Witness, largest_row, row_distance, tolerance
-from torchcache.samples import Batch, PaddedBatch
+from torchcache.samples import PaddedBatch
 from torchcache.storage.contract import Verdict
 from torchcache.structure import Tree
 from torchcache.tiers import CachedCall, Tiers, spread
@@ -130,7 +130,7 @@ class Computer:
         if not call.batch.results.do_stack([*found, *computed]):
             return self.go_around("rows_do_not_stack", call)
         try:
-            return self.assemble([*found, *computed], call.batch)
+            return self.assemble([*found, *computed], call)
         except CorruptRecordError as error:
             self._notices.error(error, 0)
             return self.go_around("result_cannot_be_rebuilt", call)
@@ -231,7 +231,7 @@ class Computer:
             if is_as_given:
                 raise
             return self._without_extras(call, own, doubted, found, error)
-        self._tiers.devices = results.devices(tree)
+        self._tiers.devices.note(call, self._module_device(), results.devices(tree))
         if effect == "random_numbers" and self._holds_whatever_is_drawn(call, draws, parts):
             effect = None
         self._verdicts.note_effect(call.namespace, effect)
@@ -526,16 +526,18 @@ class Computer:
             differ.append(item)
         return differ
 
-    def assemble(self, found: Sequence[Found], batch: Batch) -> object:
+    def assemble(self, found: Sequence[Found], call: CachedCall) -> object:
+        """Make the result of a call from its rows, on the devices where such a call has it."""
         n_leaves = len(found[0].layout.leaves)
-        devices = self._tiers.devices
+        module_device = self._module_device()
+        devices = self._tiers.devices.of(call, module_device)
         if len(devices) != n_leaves:
-            devices = (self._guess_device(batch),) * n_leaves
-        return batch.results.assemble(found, batch.n, devices, self._tiers.known)
+            devices = (module_device or call.batch.first_device,) * n_leaves
+        return call.batch.results.assemble(found, call.batch.n, devices, self._tiers.known)
 
-    def _guess_device(self, batch: Batch) -> torch.device:
+    def _module_device(self) -> torch.device | None:
         parameters = self._identity.parameters()
-        return parameters[0].device if parameters else batch.first_device
+        return parameters[0].device if parameters else None
 
     def choose(self, found: Sequence[Found]) -> list[int]:
         """Choose the hits that are computed again for ``verify_hits``."""

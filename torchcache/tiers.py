@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +34,9 @@ from torchcache.storage.writer import (
 )
 from torchcache.structure import KnownClasses
 
+#: The devices of so many forms of calls are remembered.
+_MOST_FORMS = 4096
+
 
 @dataclass(slots=True)
 class CachedCall:
@@ -54,6 +58,46 @@ class CachedCall:
         return self.digests if len(positions) == self.batch.n else [self.digests[p] for p in positions]
 
 
+class ResultDevices:
+    """Where computed results had their leaves, by the form of their calls and the devices of what went in.
+
+    Rows say nothing of devices, and a key neither. Of whole calls each has a form of its own; one that was not computed
+    here goes by the one computed last.
+
+    Attributes:
+        latest: Of the result that was computed last.
+    """
+
+    def __init__(self) -> None:
+        self.latest: tuple[torch.device, ...] = ()
+        self._lock = process.ForkLock()
+        self._known: OrderedDict[tuple[object, ...], tuple[torch.device, ...]] = OrderedDict()  # guarded by _lock
+
+    def note(self, call: CachedCall, module_device: torch.device | None, devices: tuple[torch.device, ...]) -> None:
+        """Remember where a computed result has its leaves."""
+        with self._lock.raw:
+            self.latest = devices
+            for form in _device_forms(call, module_device):
+                self._known[form] = devices
+                self._known.move_to_end(form)
+                if len(self._known) > _MOST_FORMS:
+                    self._known.popitem(last=False)
+
+    def of(self, call: CachedCall, module_device: torch.device | None) -> tuple[torch.device, ...]:
+        """Return where results of such a call have their leaves; nothing if none was computed here."""
+        for form in _device_forms(call, module_device):
+            devices = self._known.get(form)
+            if devices is not None:
+                return devices
+        return ()
+
+
+def _device_forms(call: CachedCall, module_device: torch.device | None) -> list[tuple[object, ...]]:
+    """Return what the devices of a call's result depend on, the narrowest form first."""
+    form = (call.namespace, module_device, *[tensor.device for tensor in call.batch.tensors])
+    return [form] if call.batch.is_divisible else [(*form, call.digests[0]), form]
+
+
 class Tiers:
     """Memory, write queue and disk of one cache.
 
@@ -65,7 +109,7 @@ class Tiers:
 
     Attributes:
         known: The classes that stored results may be rebuilt from.
-        devices: Where the last computed result had its leaves.
+        devices: Where computed results had their leaves.
         on_touch: Called with a store now and then while its rows are used.
     """
 
@@ -81,7 +125,7 @@ class Tiers:
         self._verdicts = verdicts
         self._classes = classes
         self.known = KnownClasses()
-        self.devices: tuple[torch.device, ...] = ()
+        self.devices = ResultDevices()
         self.on_touch: Callable[[LmdbStore], None] | None = None
         self._opening = process.ForkLock()  # guards what is made at first use
         self._memory: MemoryTier | None = None
@@ -227,8 +271,9 @@ class Tiers:
         return WORKER_FLUSH_SECONDS if process.is_child() else DEFAULT_FLUSH_SECONDS
 
     def _remember(self, namespace: bytes, rows: Rows) -> None:
-        if self._memory is None and self._options().memory_cache_device is None and self.devices:
-            self._memory = MemoryTier(self._options().max_memory_cache_size, self.devices[0])
+        latest = self.devices.latest
+        if self._memory is None and self._options().memory_cache_device is None and latest:
+            self._memory = MemoryTier(self._options().max_memory_cache_size, latest[0])
         if self._memory is None:
             return
         try:
