@@ -350,6 +350,42 @@ def test_what_is_full_says_so_once_with_the_remedy(root, caplog):
     assert "300000" in said
 
 
+@pytest.mark.parametrize("eviction", ["stale", "none"])
+def test_a_lowered_budget_keeps_what_is_there_adds_nothing_and_says_so_once(root, clock, caplog, eviction):
+    put(open_store(root), digests_of(range(500)), nbytes=3000)
+    before = directory_bytes(root)
+    forget_environments()
+    lowered = open_store(root, budget_bytes=1_000_000, eviction=eviction)
+    clock.offset = 400.0  # a mark of use is due, and finds no room
+    lowered.touch(NAMESPACE)
+    assert len(caplog.records) == 1
+    for first in range(500, 600, 10):
+        assert dict(put(lowered, digests_of(range(first, first + 10)), nbytes=3000).dropped) == {"budget": 10}
+    assert hits_of(lowered, digests_of(range(600))) == set(range(500))
+    assert directory_bytes(root) <= before
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "more than max_persistent_cache_size=1000000" in said
+    assert f"eviction='{eviction}'" in said
+
+
+def test_a_lowered_budget_makes_an_environment_start_afresh_with_lru(root):
+    put(open_store(root), digests_of(range(500)), nbytes=3000)
+    forget_environments()
+    lowered = open_store(root, budget_bytes=1_000_000, eviction="lru")
+    assert put(lowered, digests_of(range(500, 510)), nbytes=3000).rows == 10
+    assert directory_bytes(root) <= 1_000_000
+
+
+def test_a_second_store_of_one_process_has_the_room_of_its_larger_budget(root, monkeypatch):
+    monkeypatch.setattr("torchcache.storage.environment._LEAST_MAP_BYTES", 1 << 20)
+    small = open_store(root, budget_bytes=1_000_000)
+    assert put(small, digests_of(range(10)), nbytes=3000).rows == 10
+    large = open_store(root, budget_bytes=100_000_000)
+    assert put(large, digests_of(range(10, 3010)), nbytes=3000).rows == 3000
+    assert hits_of(small, digests_of(range(3010))) == set(range(3010))
+    assert dict(put(small, digests_of([5000]), nbytes=3000).dropped) == {"budget": 1}
+
+
 @pytest.mark.parametrize("room", [0, 4095, 70_000, 90_000, 150_000, 900_000, 1_200_000])
 @pytest.mark.parametrize("eviction", ["stale", "lru"])
 def test_marks_verdicts_and_deletions_keep_to_the_last_bytes_of_the_budget(root, clock, room, eviction):

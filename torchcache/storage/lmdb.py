@@ -203,6 +203,7 @@ class LmdbStore:
                     self._recent.update(recent)
                     if not self._allows_marks(txn, 1):
                         txn.abort()
+                        self._budget.say_if_over(self._settings.eviction)
                         return
                 _write_namespace(txn, namespace, replace(entry, touched_at=now))
 
