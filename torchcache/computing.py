@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from torchcache import flights
 from torchcache.changed_inputs import InputWatch
 from torchcache.draws import Draws
 from torchcache.errors import CorruptRecordError, UncacheableError
@@ -140,9 +141,16 @@ class Computer:
         by_flight: dict[int, tuple[Flight, list[int]]] = {}
         for position, flight in joined.items():
             by_flight.setdefault(id(flight), (flight, []))[1].append(position)
+        if not self.flights.wait(flight for flight, _ in by_flight.values()):
+            self._notices.say(
+                "waited",
+                f"rows that another thread computes did not come within {flights.JOIN_SECONDS:g} seconds. They are "
+                "computed here too, and from now on threads do not wait for each other's rows. If what is cached waits "
+                "for a thread that asks for the same sample, let that thread call the function without the cache",
+            )
         landed: list[Found] = []
         for flight, positions in by_flight.values():
-            for rows in flight.wait():
+            for rows in flight.rows:
                 places = {digest: i for i, digest in enumerate(rows.digests)}
                 here = [p for p in positions if call.digests[p] in places]
                 if here:
