@@ -31,8 +31,10 @@ from tests.storage.known_values import (
 from torchcache.errors import StoreError
 from torchcache.storage import budget as budgets
 from torchcache.storage import lmdb as lmdb_store
+from torchcache.storage.access import PRIVATE
 from torchcache.storage.contract import Verdict
 from torchcache.storage.directory import CacheDirectory
+from torchcache.storage.lmdb import LmdbStore, StoreSettings
 
 NAMESPACES = [b"%016d" % i for i in range(6)]
 
@@ -783,6 +785,43 @@ def test_a_data_set_of_the_user_s_beside_the_cache_is_never_removed(root, disk, 
     assert (root / "lsun_train_lmdb" / "data.mdb").read_bytes() == before
     store.delete_all()
     assert (root / "lsun_train_lmdb" / "data.mdb").read_bytes() == before
+
+
+def files_of_0_6(path):
+    """Make what torchcache 0.6 left: a file a value, under its hash."""
+    path.mkdir(parents=True)
+    for number in (-5, 0, 123456789):
+        (path / f"{number}.pt.br").write_bytes(b"zstd")
+
+
+def test_beside_the_files_of_torchcache_0_6_a_cache_of_the_same_name_is_made_and_found_again(root, caplog):
+    files_of_0_6(root / "pinned")
+    store = open_store(root, "pinned")
+    assert put(store, digests_of(range(5))).rows == 5
+    assert store.path == root / "pinned.beside-0.6"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "torchcache 0.6" in said
+    assert sorted(entry.name for entry in (root / "pinned").iterdir()) == ["-5.pt.br", "0.pt.br", "123456789.pt.br"]
+
+    forget_environments()
+    reader = LmdbStore(CacheDirectory(root, PRIVATE.read_only()), "pinned", StoreSettings(budget_bytes=1 << 30))
+    assert hits_of(reader, digests_of(range(5))) == set(range(5))
+
+    shutil.rmtree(root / "pinned")
+    forget_environments()
+    assert hits_of(open_store(root, "pinned"), digests_of(range(5))) == set(range(5))
+    assert len(caplog.records) == 1
+
+
+def test_what_is_ours_or_empty_or_holds_anything_else_is_no_directory_of_torchcache_0_6(root):
+    files_of_0_6(root / "mixed")
+    (root / "mixed" / "notes.txt").touch()
+    (root / "empty").mkdir()
+    put(open_store(root, "ours"), digests_of(range(5)))
+    directory = CacheDirectory(root)
+    assert [directory.place_for(name) for name in ("mixed", "empty", "ours", "new")] == [
+        "mixed", "empty", "ours", "new"
+    ]  # fmt: skip
 
 
 def test_a_data_set_of_the_user_s_under_the_name_of_the_cache_is_left_alone(root):

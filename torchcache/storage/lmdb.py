@@ -109,7 +109,7 @@ class LmdbStore:
     def __init__(self, directory: CacheDirectory, name: str, settings: StoreSettings) -> None:
         self._directory = directory
         self._settings = settings
-        self._environment = shared_environment(directory, name, settings.budget_bytes)
+        self._environment = shared_environment(directory, directory.place_for(name), settings.budget_bytes)
         self._budget = budget.Budget(directory, settings.budget_bytes, settings.min_free_bytes)
         self._doubtful: set[bytes] = set()  # index keys whose record failed a check: overwritten
         self._recent: dict[bytes, bytes] = {}  # segments read here -> when; noted with the next commit
