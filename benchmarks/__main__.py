@@ -5,10 +5,17 @@ from __future__ import annotations
 import argparse
 import sys
 
-from benchmarks import calls, hits, layout, state_check, wrong_hits
+from benchmarks import calls, hits, layout, processes, state_check, wrong_hits
 from benchmarks.workload import BenchmarkError
 
-BENCHMARKS = {"calls": calls, "hits": hits, "layout": layout, "state": state_check, "wrong-hits": wrong_hits}
+BENCHMARKS = {
+    "calls": calls,
+    "hits": hits,
+    "layout": layout,
+    "processes": processes,
+    "state": state_check,
+    "wrong-hits": wrong_hits,
+}
 
 
 def main() -> int:
@@ -18,6 +25,7 @@ def main() -> int:
     calls.add_arguments(commands.add_parser("calls", help="hits of calls that are one sample, as of a dataset"))
     hits.add_arguments(commands.add_parser("hits", help="hits, side by side with torchcache 0.6.0"))
     layout.add_arguments(commands.add_parser("layout", help="how rows lie on disk: bytes, reads, writes"))
+    processes.add_arguments(commands.add_parser("processes", help="forks, new processes and lookups from disk"))
     state_check.add_arguments(commands.add_parser("state", help="the check of the weights at every call"))
     wrong_hits.add_arguments(
         commands.add_parser("wrong-hits", help="every way in which a cached result could be wrong, with rivals")

@@ -17,8 +17,9 @@ import pytest
 import torch
 from torch import nn
 
-from torchcache import UncacheableError, cache_of, disabled, torchcache
+from torchcache import UncacheableError, cache_of, disabled, outputs, torchcache
 from torchcache.layout import DTYPE_SIZES
+from torchcache.tiers import ResultDevices
 
 DTYPES = [dtype for name in DTYPE_SIZES if (dtype := getattr(torch, name, None)) is not None]
 FLOATS = [dtype for dtype in DTYPES if dtype.is_floating_point]
@@ -634,6 +635,47 @@ def test_memory_on_the_device_of_the_output_is_the_same_cache_there():
     for _ in range(2):
         assert torch.equal(function(batch()), batch() + 1)
     assert rows_seen(seen) == [4]
+
+
+def fake_devices(monkeypatch):
+    """Let wide results be computed on another device than narrow ones, as far as the cache can see."""
+
+    def devices_of(tree):
+        return tuple(torch.device("meta" if leaf.shape[-1] > 4 else "cpu") for leaf in tree.leaves)
+
+    monkeypatch.setattr(outputs, "devices_of", devices_of)
+
+
+def test_a_hit_lies_where_the_result_of_its_own_form_of_call_lay(monkeypatch):
+    fake_devices(monkeypatch)
+    function, _ = make(lambda x: x + 1)
+    wide, narrow = torch.rand(2, 8), torch.rand(2, 3)
+    for x in (wide, narrow, wide, narrow):
+        result = function(x)
+    assert function(wide).device.type == "meta"
+    assert torch.equal(result, narrow + 1)
+
+
+def test_a_hit_goes_by_the_devices_of_module_and_inputs_too():
+    cpu, other = torch.device("cpu"), torch.device("meta")
+    devices = ResultDevices()
+
+    def call(device, *, digest=b"1", is_divisible=True):
+        batch = SimpleNamespace(tensors=[SimpleNamespace(device=device)], is_divisible=is_divisible)
+        return SimpleNamespace(namespace=b"n", digests=[digest], batch=batch)
+
+    devices.note(call(cpu), None, (cpu,))
+    assert devices.of(call(other), None) == ()  # it is guessed then
+    assert devices.of(call(cpu), other) == ()
+    devices.note(call(other), None, (other,))
+    assert devices.of(call(other), None) == (other,)
+    assert devices.of(call(cpu), None) == (cpu,)
+    assert devices.latest == (other,)
+
+    whole = [call(cpu, digest=digest, is_divisible=False) for digest in (b"1", b"2", b"3")]
+    devices.note(whole[0], None, (other,))
+    devices.note(whole[1], None, (cpu,))
+    assert [devices.of(one, None) for one in whole] == [(other,), (cpu,), (cpu,)]
 
 
 # -- a smaller dtype ----------

@@ -28,7 +28,7 @@ from benchmarks import __main__ as benchmarks
 from benchmarks import hits, state_check, wrong_hits
 from stress import pairs, state_programs, state_values
 from stress.suites import SUITES
-from torchcache import changed_inputs, dataset, own_keys, recheck, structure, tensors
+from torchcache import changed_inputs, dataset, flights, own_keys, recheck, structure, tensors
 from torchcache import layout as rows
 from torchcache.keys import digest, registered, state, values, watched, weights
 from torchcache.options import CacheOptions
@@ -118,7 +118,10 @@ FROM_THE_CODE = {
     ],
     "usage.md": [f"results that no program touched for {STALE} make room"],
     "howto.md": [f"removes what no program touched for {STALE}", f"what no program in another mode used for {STALE}"],
-    "inputs.md": [f"One key in {PARTS[own_keys._WATCHED_SHARE].removesuffix('th')} is watched"],
+    "inputs.md": [
+        f"key in its first {own_keys._WHOLE_BATCHES} batches that find rows",
+        f"then for one key in {PARTS[own_keys._WATCHED_SHARE].removesuffix('th')} (always the same ones)",
+    ],
     "keys.md": [
         f"It is XXH3 with {digest.DIGEST_BYTES * 8} bits",
         f"2 x {weights._PROBE_BYTES} bytes of each",
@@ -167,6 +170,7 @@ FROM_THE_CODE = {
         f"`None`: {DEFAULT}, and {WORKER} in a worker process.",
     ],
     "sharing.md": [
+        f"If that takes more than {flights.JOIN_SECONDS:g} seconds",
         f"| nothing, within {WORKER} of the {MP_STATUS_CHECK_INTERVAL:g} seconds that torch gives a worker |",
         f"modes {mode(PRIVATE.directory_mode)} and {mode(PRIVATE.file_mode)}",
         f"the modes {mode(GROUP.directory_mode)} and {mode(GROUP.file_mode)}, whatever",
@@ -175,6 +179,7 @@ FROM_THE_CODE = {
         f"{mib(environment._MOST_READERS * environment._READER_BYTES)} of each environment are its table of readers",
     ],
     "storage.md": [
+        f"one leaf more behind its own, uint8 of shape `[{digest.DIGEST_BYTES}]`",
         f"modes are {mode(GROUP.directory_mode)} and {mode(GROUP.file_mode)}",
         f"{word(lmdb._MOST_READS)} times at most, and ends as a miss",
         f"after {word(temporary._GRACE_SECONDS)} if only workers did",
@@ -218,6 +223,7 @@ FROM_THE_CODE = {
         f"{', '.join(rows.DTYPE_SIZES)}.",
     ],
     "docstrings": [
+        f"then for one key in {PARTS[own_keys._WATCHED_SHARE].removesuffix('th')} and for those that a batch",
         f"{LOWEST_LEVEL} (fastest) to {HIGHEST_LEVEL} (smallest)",
         f"the smaller of {budget._MIN_FREE_BYTES / 1e9:g}e9 and {100 // budget._MIN_FREE_SHARE} % of the file system",
         f'"stale" removes what nobody touched for {STALE}',
@@ -235,6 +241,7 @@ NOT_FROM_THE_CODE = {
         r"`(max_\w+=0|TORCHCACHE_DISABLED=1|verify_hits=0\.01)`",
         r"\(`?0\.01`? is one in a hundred|`0\.01` is one in a hundred",
         r"1 to 128 ASCII letters",  # test_options.py
+        r"torchcache 0\.6|\.beside-0\.6",
     ],
     "README.md": [
         r"less than a minute",

@@ -122,17 +122,45 @@ def test_when_the_other_thread_fails_the_sample_is_computed_here():
     assert not own_flights._under_way
 
 
-def test_waiting_has_a_bound(monkeypatch):
+def test_waiting_has_a_bound_for_all_rows_together_and_is_given_up_then(monkeypatch, caplog):
     monkeypatch.setattr(flights, "JOIN_SECONDS", 0.05)
     slow = Slow()
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(slow.function, rows(1))
-        assert slow.started.acquire(timeout=WAIT_SECONDS)
-        second = pool.submit(slow.function, rows(1))
-        assert slow.started.acquire(timeout=WAIT_SECONDS)  # it did not come, so it computes it itself
-        slow.may_end.set()
-        assert torch.equal(first.result(WAIT_SECONDS), second.result(WAIT_SECONDS))
-    assert slow.rows == [[1], [1]]
+    with ThreadPoolExecutor(3) as pool:
+        first = [pool.submit(slow.function, rows(i)) for i in (1, 2)]
+        for _ in first:
+            assert slow.started.acquire(timeout=WAIT_SECONDS)
+        second = pool.submit(slow.function, rows(1, 2))
+        assert slow.started.acquire(timeout=WAIT_SECONDS)  # they did not come, so it computes them itself
+        waiting = until_waiting(slow)
+        with ThreadPoolExecutor(1) as other_pool:
+            third = other_pool.submit(slow.function, rows(2))
+            assert slow.started.acquire(timeout=WAIT_SECONDS)
+            slow.may_end.set()
+            assert torch.equal(second.result(WAIT_SECONDS), rows(1, 2) * 2)
+            assert torch.equal(third.result(WAIT_SECONDS), rows(2) * 2)
+        assert not waiting.is_set()
+    assert sorted(slow.rows) == [[1], [1, 2], [2], [2]]
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "do not wait for each other's rows" in said
+
+
+def test_a_cached_function_may_wait_for_a_thread_that_asks_for_the_same_sample(monkeypatch):
+    monkeypatch.setattr(flights, "JOIN_SECONDS", 0.05)
+    calls = []
+
+    def forward(x):
+        calls.append(x[:, 0].tolist())
+        if len(calls) % 2:
+            with ThreadPoolExecutor(1) as pool:
+                assert torch.equal(pool.submit(function, x).result(WAIT_SECONDS), x * 2)
+        return x * 2
+
+    function = torchcache(persistent_module_hash="asks_a_thread", check_rows=False)(forward)
+    for number in (1, 2):
+        assert torch.equal(function(rows(number)), rows(number) * 2)
+    assert calls == [[1], [1], [2], [2]]
+    assert torch.equal(function(rows(1, 2)), rows(1, 2) * 2)
+    assert len(calls) == 4
 
 
 def test_calls_inside_of_cached_calls_do_not_wait_for_each_other():

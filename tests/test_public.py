@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -39,6 +41,29 @@ def test_every_public_name_is_in_all():
 
 def test_the_decorator_is_no_module_of_the_same_name():
     assert callable(torchcache.torchcache)
+
+
+IMPORTS_OF_0_6 = """
+for line in ("from torchcache.torchcache import torchcache", "import torchcache.torchcache",
+             "from torchcache.logging import set_logger_config", "import torchcache.logging"):
+    try:
+        exec(line)
+    except ImportError as error:
+        remedy = str(error).rpartition("write: ")[2]
+        exec(remedy)
+        print(remedy)
+from torchcache import torchcache
+assert callable(torchcache)
+"""
+
+
+def test_what_is_imported_from_where_0_6_had_it_says_where_it_is_now():
+    result = subprocess.run(
+        [sys.executable, "-c", IMPORTS_OF_0_6], capture_output=True, text=True, timeout=100, check=False
+    )
+    assert result.stdout.splitlines() == [
+        *["from torchcache import torchcache"] * 2, *["from torchcache import set_logger_config"] * 2
+    ], result.stderr  # fmt: skip
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from torchcache import UncacheableError, cache_of, disabled, sample_keys, torchcache
+from torchcache.layout import Layout, Leaf, Rows
 
 
 def batch(n=6, width=3, start=0):
@@ -254,20 +256,136 @@ def test_what_is_no_list_of_keys_is_refused(keys, said):
     assert refused.value.argument == "ids"
 
 
-def test_keys_that_come_with_other_inputs_are_noticed_on_a_share(caplog):
-    cached, _ = counted()
-    right = 0
-    for i in range(400):
-        with sample_keys([i]):
-            cached(batch(1, start=i))
-    for i in range(400):
-        x = batch(1, start=i + 1000)
-        with sample_keys([i]):
-            right += torch.equal(cached(x), 2 * x)
-    bypasses = cache_of(cached).stats().bypasses
-    assert bypasses == {"sample_key_of_other_inputs": right}
-    assert 5 <= right <= 60  # 25 of 400 on average
+def program(directory, **options):
+    """Return the cached function of one program of several that share a directory."""
+
+    def double(x):
+        return x * 2
+
+    return torchcache(
+        persistent=True, persistent_cache_dir=directory, persistent_module_hash="double", check_rows=False, **options
+    )(double)
+
+
+@pytest.mark.parametrize("memory", [0, 1e6])
+def test_a_second_program_with_other_inputs_under_the_same_keys_gets_none_of_the_first_ones_rows(
+    tmp_path, caplog, memory
+):
+    first, second = program(tmp_path), program(tmp_path, max_memory_cache_size=memory)
+    for i in range(0, 640, 32):
+        with sample_keys(range(i, i + 32)):
+            first(batch(32, start=i))
+    cache_of(first).flush()
+    for _ in range(2):
+        for i in range(0, 640, 32):
+            x = batch(32, start=i + 1)
+            with sample_keys(range(i, i + 32)):
+                assert torch.equal(second(x), 2 * x)
+    assert cache_of(second).stats().bypasses == {"sample_key_of_other_inputs": 40}
     assert "a key of its own" in caplog.text
+
+
+def test_a_second_program_with_the_same_inputs_under_the_same_keys_computes_nothing(tmp_path):
+    first, second = program(tmp_path), program(tmp_path, mode="require")
+    for cached in (first, second):
+        for i in range(0, 640, 32):
+            x = batch(32, start=i)
+            with sample_keys(range(i, i + 32)):
+                assert torch.equal(cached(x), 2 * x)
+        cache_of(cached).flush()
+    assert cache_of(second).stats().store_hits == 640
+
+
+def test_after_the_first_batches_a_share_of_the_keys_is_watched_until_one_is_wrong():
+    cached, _ = counted()
+
+    def call(i, start):
+        x = batch(1, start=start)
+        with sample_keys([i]):
+            return torch.equal(cached(x), 2 * x)
+
+    assert all(call(i, i) for i in [*range(400), *range(400)])
+    right = [call(i, i + 1000) for i in range(400)]
+    first = right.index(True)
+    assert first < 150  # one in sixteen is watched
+    assert all(right[first:])
+    assert cache_of(cached).stats().bypasses == {"sample_key_of_other_inputs": right.count(True)}
+
+
+def test_inputs_that_are_no_tensors_and_padded_ones_are_compared_too():
+    lengths = torchcache(persistent_module_hash="lengths", check_rows=False)(
+        lambda texts: torch.tensor([[float(len(text))] for text in texts])
+    )
+    padded = torchcache(padded={"ids": "mask"})(lambda ids, mask: ids * mask)
+    with sample_keys(["a"]):
+        assert lengths(["one"]) == 3
+        assert lengths(["three"]) == 5
+        assert lengths(["one"]) == 3
+        for value, width in ((1.0, 2), (1.0, 4), (2.0, 3)):
+            ids, mask = torch.zeros(1, width), torch.zeros(1, width)
+            ids[:, :2], mask[:, :2] = value, 1
+            assert torch.equal(padded(ids, mask), ids)
+    assert cache_of(lengths).stats().bypasses == {"sample_key_of_other_inputs": 1}
+    assert cache_of(padded).stats().bypasses == {"sample_key_of_other_inputs": 1}
+    assert cache_of(padded).stats().misses == 1
+
+
+def test_a_row_that_says_nothing_of_its_inputs_is_a_miss():
+    cached, seen = counted()
+    with sample_keys([0]):
+        cached(batch(1))
+        explained = cache_of(cached).explain(batch(1))
+        tiers, namespace = cache_of(cached)._tiers, cache_of(cached)._last_namespace[2]
+        digest = bytes.fromhex(explained.samples[0].digest)
+        layout = Layout((Leaf("float32", "float32", (3,)),))
+        tiers._memory.delete_many(namespace, [digest])
+        tiers._memory.put_many(namespace, Rows([digest], layout, np.zeros((1, 12), np.uint8)))
+        assert torch.equal(cached(batch(1)), 2 * batch(1))
+    assert len(seen) == 2
+
+
+def test_two_threads_with_other_inputs_under_one_key_get_their_own_results():
+    computing, may_end = threading.Event(), threading.Event()
+
+    def double(x):
+        computing.set()
+        assert may_end.wait(30)
+        return x * 2
+
+    cached = torchcache(persistent_module_hash="threads", check_rows=False)(double)
+    flights = cache_of(cached)._computer.flights
+    claim = flights.claim
+
+    def claim_and_let_go(*args, **kwargs):
+        joined = claim(*args, **kwargs)
+        if joined:
+            may_end.set()
+        return joined
+
+    flights.claim = claim_and_let_go
+
+    def call(start):
+        with sample_keys([0]):
+            return cached(batch(1, start=start))
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(call, 0)
+        assert computing.wait(30)
+        second = pool.submit(call, 100)
+        assert torch.equal(first.result(30), 2 * batch(1))
+        assert torch.equal(second.result(30), 2 * batch(1, start=100))
+    assert cache_of(cached).stats().shared_rows == 0
+
+
+def test_what_verify_hits_replaces_is_found_by_its_key():
+    factor = [2]
+    cached = torchcache(persistent_module_hash="verified", check_rows=False, verify_hits=1.0)(lambda x: x * factor[0])
+    for value in (2, 3, 3):
+        factor[0] = value
+        with sample_keys([0, 1]):
+            assert torch.equal(cached(batch(2)), value * batch(2))
+    assert cache_of(cached).stats().mismatched_rows == 2
+    assert cache_of(cached).stats().bypasses == {}
 
 
 def test_a_key_that_one_batch_repeats_with_other_inputs_is_always_noticed():

@@ -227,9 +227,12 @@ class Cache:
         )  # fmt: skip
         try:
             call.digests = batch.digests(signature, call.keys)
-            if call.keys is not None and not self._keys_agree(call):
-                return self._go_around("sample_key_of_other_inputs", call)
             found, missing = self._tiers.look_up(call) if options.looks_up else ([], [*range(batch.n)])
+            if call.keys is not None:
+                opened = self._watched_keys.open(batch, call.digests, found)
+                if opened is None:
+                    return self._go_around("sample_key_of_other_inputs", call)
+                found = opened
             # The store may have brought the verdict of another process.
             if self._verdicts.of(call.namespace) is Verdict.DEPENDENT:
                 return self._go_around("rows_depend_on_batch", call)
@@ -239,7 +242,7 @@ class Cache:
                 raise self._miss(function, args, kwargs, missing=missing)
             doubted = self._computer.choose(found) if options.verify_hits and options.mode != "require" else []
             if not missing and not doubted:
-                return self._computer.assemble(found, batch)
+                return self._computer.assemble(found, call)
         except (MemoryError, torch.OutOfMemoryError):
             return self._go_around("out_of_memory", call)
         except CorruptRecordError as error:
@@ -248,11 +251,6 @@ class Cache:
         if self._identity.settle(look):
             return self._call(function, args, kwargs)
         return self._computer.compute(call, found, missing, doubted, can_wait=len(_calling.active) == 1)
-
-    def _keys_agree(self, call: CachedCall) -> bool:
-        """Tell whether keys of the user's own stand for the inputs that they stood for before."""
-        watched = self._watched_keys.choose(call.digests)
-        return all(self._watched_keys.agree(call.digests[p], call.batch.digest(p)) for p in watched)
 
     def _look(self) -> Look:
         """Name the present state, and say why a call in it is not cached, if so."""

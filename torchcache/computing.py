@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from torchcache import flights
 from torchcache.changed_inputs import InputWatch
 from torchcache.draws import Draws
 from torchcache.errors import CorruptRecordError, UncacheableError
@@ -22,10 +23,10 @@ from torchcache.layout import Found, Rows
 from torchcache.notices import Notices
 from torchcache.options import CacheOptions
 from torchcache.outputs import unsupported_leaf
-from torchcache.own_keys import keys_in_force
+from torchcache.own_keys import keys_in_force, open_fitting, sealed
 from torchcache.padding import PaddedResults, follow_length
 from torchcache.recheck import Verdicts, Witness, largest_row, row_distance, tolerance
-from torchcache.samples import Batch, PaddedBatch
+from torchcache.samples import PaddedBatch
 from torchcache.storage.contract import Verdict
 from torchcache.structure import TooLargeError, Tree
 from torchcache.tiers import CachedCall, Tiers, spread
@@ -105,8 +106,10 @@ class Computer:
                 joined = self.flights.claim(flight, call.rows_at(wanted), joins=joins)
                 own = [p for i, p in enumerate(wanted) if i not in joined]
                 if self.flights.landings != call.landings and self._options().looks_up:
-                    landed, own = self._tiers.fetch("memory", call, own)
+                    landed = _opened(call, self._tiers.fetch("memory", call, own)[0])
                     computed += landed
+                    have_landed = {p for item in landed for p in item.positions}
+                    own = [p for p in own if p not in have_landed]
                 outcome = self._forward_rows(call, own, doubted, found) if own or doubted else _NOTHING
                 if isinstance(outcome, _Answer):
                     return outcome.result
@@ -128,7 +131,7 @@ class Computer:
         if not call.batch.results.do_stack([*found, *computed]):
             return self.go_around("rows_do_not_stack", call)
         try:
-            return self.assemble([*found, *computed], call.batch)
+            return self.assemble([*found, *computed], call)
         except CorruptRecordError as error:
             self._notices.error(error, 0)
             return self.go_around("result_cannot_be_rebuilt", call)
@@ -138,16 +141,23 @@ class Computer:
         by_flight: dict[int, tuple[Flight, list[int]]] = {}
         for position, flight in joined.items():
             by_flight.setdefault(id(flight), (flight, []))[1].append(position)
+        if not self.flights.wait(flight for flight, _ in by_flight.values()):
+            self._notices.say(
+                "waited",
+                f"rows that another thread computes did not come within {flights.JOIN_SECONDS:g} seconds. They are "
+                "computed here too, and from now on threads do not wait for each other's rows. If what is cached waits "
+                "for a thread that asks for the same sample, let that thread call the function without the cache",
+            )
         landed: list[Found] = []
-        missing: list[int] = []
         for flight, positions in by_flight.values():
-            for rows in flight.wait():
+            for rows in flight.rows:
                 places = {digest: i for i, digest in enumerate(rows.digests)}
                 here = [p for p in positions if call.digests[p] in places]
-                positions = [p for p in positions if call.digests[p] not in places]  # noqa: PLW2901 - what is left
                 if here:
                     landed.append(Found(here, rows.layout, rows.data[[places[call.digests[p]] for p in here]]))
-            missing += positions
+        landed = _opened(call, landed)
+        have_landed = {p for item in landed for p in item.positions}
+        missing = [p for p in joined if p not in have_landed]
         self._notices.counters.add(shared_rows=len(joined) - len(missing))
         return landed, missing
 
@@ -175,6 +185,10 @@ class Computer:
             positions += witness.cached.positions
         is_as_given = witness is None and (is_trial or len(positions) == call.batch.n == n)
         args, kwargs, results = call.args, call.kwargs, call.batch.results
+        inputs: dict[int, bytes] = {}  # what keys of the user's stand for, before the call can change it
+        if call.keys is not None:
+            sealed_positions = [*own, *doubted]
+            inputs = dict(zip(sealed_positions, call.batch.inputs(sealed_positions), strict=True))
         failure: Exception | None = None
         changed = ""
         output: object = None
@@ -227,7 +241,7 @@ class Computer:
             if is_as_given:
                 raise
             return self._without_extras(call, own, doubted, found, error)
-        self._tiers.devices = results.devices(tree)
+        self._tiers.devices.note(call, self._module_device(), results.devices(tree))
         if effect == "random_numbers" and self._holds_whatever_is_drawn(call, draws, parts):
             effect = None
         self._verdicts.note_effect(call.namespace, effect)
@@ -246,10 +260,10 @@ class Computer:
             self._notices.say("overflow", f"cache_dtype={self._options().cache_dtype} made finite values infinite")
         found_again: list[Found] = []
         if is_settled and doubted:
-            found_again = self._verify(call, {p: n + i for i, p in enumerate(doubted)}, found, parts, tensors)
+            found_again = self._verify(call, {p: n + i for i, p in enumerate(doubted)}, found, parts, tensors, inputs)
         computed = _at_positions(_rows_at(parts, own if is_trial and n < total else range(n)), own)
-        rows = [Rows([call.digests[p] for p in item.positions], item.layout, item.data) for item in computed]
-        reason = effect or self._reason_to_drop(call, rows, total, is_settled=is_settled)
+        rows = [_rows_to_keep(call, item, inputs) for item in computed]
+        reason = effect or self._reason_to_drop(call, computed, total, is_settled=is_settled)
         if reason:
             self._notices.counters.add_to("dropped_rows", reason, n)
             if not self._options().looks_up:
@@ -400,11 +414,13 @@ class Computer:
         self._condemn(call)
         return self._give_back("rows_depend_on_batch", call, result)
 
-    def _reason_to_drop(self, call: CachedCall, rows: list[Rows], n_forwarded: int, *, is_settled: bool) -> str | None:
+    def _reason_to_drop(
+        self, call: CachedCall, computed: list[Found], n_forwarded: int, *, is_settled: bool
+    ) -> str | None:
         """Say why computed rows must not be kept, or None."""
         if not is_settled:
             return "state_moved"
-        layout = rows[0].layout if rows else None
+        layout = computed[0].layout if computed else None
         numbers = call.batch.results.plain_numbers(layout, self._tiers.known) if layout and layout.structure else ()
         if layout and numbers:
             # A plain number that equals the batch size may be the batch size: then it holds for no other batch.
@@ -484,6 +500,7 @@ class Computer:
         found: Sequence[Found],
         parts: Sequence[Found],
         tensors: Sequence[torch.Tensor],
+        inputs: Mapping[int, bytes],
     ) -> list[Found]:
         """Compare hits with what they were computed again; what differs is said, counted, replaced, and returned.
 
@@ -493,6 +510,7 @@ class Computer:
             found: The values that are cached.
             parts: What was computed.
             tensors: What took part.
+            inputs: Digests of inputs that keys of the user's stand for.
         """
         differ: list[Found] = []
         allowed = tolerance(tensors, self._options().cache_dtype)
@@ -514,20 +532,22 @@ class Computer:
                 + ". Look at explain() for what the key misses",
             )
             (item,) = _at_positions(_rows_at(parts, [row]), [position])
-            self._tiers.replace(call, Rows([digest], item.layout, item.data.copy()))
+            self._tiers.replace(call, _rows_to_keep(call, Found(item.positions, item.layout, item.data.copy()), inputs))
             differ.append(item)
         return differ
 
-    def assemble(self, found: Sequence[Found], batch: Batch) -> object:
+    def assemble(self, found: Sequence[Found], call: CachedCall) -> object:
+        """Make the result of a call from its rows, on the devices where such a call has it."""
         n_leaves = len(found[0].layout.leaves)
-        devices = self._tiers.devices
+        module_device = self._module_device()
+        devices = self._tiers.devices.of(call, module_device)
         if len(devices) != n_leaves:
-            devices = (self._guess_device(batch),) * n_leaves
-        return batch.results.assemble(found, batch.n, devices, self._tiers.known)
+            devices = (module_device or call.batch.first_device,) * n_leaves
+        return call.batch.results.assemble(found, call.batch.n, devices, self._tiers.known)
 
-    def _guess_device(self, batch: Batch) -> torch.device:
+    def _module_device(self) -> torch.device | None:
         parameters = self._identity.parameters()
-        return parameters[0].device if parameters else batch.first_device
+        return parameters[0].device if parameters else None
 
     def choose(self, found: Sequence[Found]) -> list[int]:
         """Choose the hits that are computed again for ``verify_hits``."""
@@ -538,6 +558,17 @@ class Computer:
         """Compute a call as if there were no cache, and note why."""
         self._notices.bypass(reason, call.batch.n, evidence)
         return call.function(*call.args, **call.kwargs)
+
+
+def _rows_to_keep(call: CachedCall, computed: Found, inputs: Mapping[int, bytes]) -> Rows:
+    """Return computed rows as they are kept: where keys of the user's stand for the inputs, with a digest of these."""
+    rows = Rows([call.digests[p] for p in computed.positions], computed.layout, computed.data)
+    return rows if call.keys is None else sealed(rows, [inputs[p] for p in computed.positions])
+
+
+def _opened(call: CachedCall, found: list[Found]) -> list[Found]:
+    """Return rows that came from another thread as values; sealed ones only if they are of the call's inputs."""
+    return found if call.keys is None else open_fitting(call.batch, found)
 
 
 def _rows_at(parts: Sequence[Found], rows: Sequence[int]) -> list[Found]:

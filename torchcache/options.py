@@ -36,9 +36,10 @@ _GONE = {
 }
 
 #: How names of directories begin and end that torchcache makes beside one that is named by a module hash: the private
-#: temporary ones, and those of environments that are set aside. Others begin with a dot.
+#: temporary ones, environments that are set aside, and those beside a directory of torchcache 0.6. Others begin with a
+#: dot.
 _OUR_PREFIXES = ("torchcache-tmp-",)
-_OUR_SUFFIXES = (".damaged",)
+_OUR_SUFFIXES = (".damaged", ".beside-0.6")
 
 
 class OptionArguments(TypedDict, total=False):
@@ -272,7 +273,7 @@ class CacheOptions:
             that is deleted when the program ends.
         persistent_module_hash: A name of the user's own that replaces the module hash and the
             weights: 1 to 128 ASCII letters, digits and ``_ - . + = @``, the first a letter, a digit or ``_``; not
-            ``torchcache-tmp-...`` nor ``....damaged``, which are names of torchcache's own.
+            ``torchcache-tmp-...``, ``....damaged`` nor ``....beside-0.6``, which are names of torchcache's own.
         max_memory_cache_size: Limit of the memory tier in bytes, per cache and process.
         max_persistent_cache_size: Budget of everything under ``persistent_cache_dir`` in bytes.
         min_free_disk: How many bytes of the file system stay free for others; writing stops before. None for

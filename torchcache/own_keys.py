@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextvars import ContextVar
 
 import numpy as np
 import torch
 
 from torchcache.errors import UncacheableError
-from torchcache.keys.digest import digest_bytes
+from torchcache.keys.digest import DIGEST_BYTES, digest_bytes
 from torchcache.keys.plain import encode_plain
-from torchcache.process import ForkLock
+from torchcache.layout import Found, Layout, Leaf, Rows
+from torchcache.outputs import columns
+from torchcache.samples import Batch
 
 #: One key in so many is watched for other inputs: always the same ones, so that a second use is seen.
 _WATCHED_SHARE = 16
-_MOST_WATCHED = 1 << 16
+
+#: So many batches that find rows are watched whole in each process: the keys may be another program's.
+_WHOLE_BATCHES = 16
+
+#: A row that is found by a key ends with its seal: the digest of the inputs that it was computed from.
+_SEAL = Leaf("uint8", "uint8", (DIGEST_BYTES,))
 
 _keys: ContextVar[tuple[bytes, ...] | None] = ContextVar("torchcache_sample_keys", default=None)
 
@@ -33,8 +40,9 @@ def sample_keys(ids: Sequence[str | int | bytes] | torch.Tensor) -> Iterator[Non
     Args:
         ids: One key a sample, in the order of the batch: str, int or bytes (1 and "1" differ), or an integer tensor of
             shape ``(batch,)``. Every cached call in the body must have a batch of that size. A key must stand for one
-            input: for some of the keys, and for those that a batch repeats, that is checked in this process, and a call
-            that has another input is computed without the cache (``sample_key_of_other_inputs``).
+            input, in all programs that share a directory. The cache keeps a digest of the inputs with each row and
+            compares it in the first batches of each process, then for one key in sixteen and for those that a batch
+            repeats. A call that has another input is computed without the cache (``sample_key_of_other_inputs``).
 
     Raises:
         UncacheableError: If a key is of another type. A cached call in the body raises it if its batch has another
@@ -72,7 +80,7 @@ def _digests(ids: object) -> Iterator[bytes]:
                 "int or bytes",
                 argument="ids",
             )
-        yield digest_bytes(b"sample key " + (encode_plain(plain) or b""))
+        yield digest_bytes(b"key of a sample " + (encode_plain(plain) or b""))
 
 
 def current_keys(n: int) -> tuple[bytes, ...] | None:
@@ -102,26 +110,93 @@ def keys_in_force(keys: Sequence[bytes] | None) -> Iterator[None]:
 
 
 class WatchedKeys:
-    """The inputs that some keys were used with."""
+    """Compares keys with the inputs that the rows found for them were computed from.
+
+    One key in so many is watched, always the same ones, and those that a batch repeats. All keys are watched in the
+    first batches of a process that find rows, and from then on that a key came with other inputs.
+    """
 
     def __init__(self) -> None:
-        self._lock = ForkLock()
-        self._inputs: OrderedDict[bytes, bytes] = OrderedDict()  # guarded by _lock
+        self._whole_batches = _WHOLE_BATCHES  # how many more; a race of two threads makes it one more or less
+        self._is_any_wrong = False
 
-    @staticmethod
-    def choose(digests: Sequence[bytes]) -> list[int]:
-        """Return the positions of the keys to watch, and of those that come more than once."""
-        if len(set(digests)) == len(digests):
-            return [i for i, digest in enumerate(digests) if not digest[0] % _WATCHED_SHARE]
-        seen: set[bytes] = set()
-        repeated = {digest for digest in digests if digest in seen or seen.add(digest)}  # type: ignore[func-returns-value]
-        return [i for i, digest in enumerate(digests) if digest in repeated or not digest[0] % _WATCHED_SHARE]
+    def open(self, batch: Batch, digests: Sequence[bytes], found: Sequence[Found]) -> list[Found] | None:
+        """Return rows without their seals; None if a watched key comes with other inputs than before.
 
-    def agree(self, digest: bytes, inputs: bytes) -> bool:
-        """Tell whether a key comes with the inputs of its last use, and remember them."""
-        with self._lock.raw:
-            before = self._inputs.setdefault(digest, inputs)
-            self._inputs.move_to_end(digest)
-            if len(self._inputs) > _MOST_WATCHED:
-                self._inputs.popitem(last=False)
-        return before == inputs
+        Args:
+            batch: The call.
+            digests: Of its samples, from their keys.
+            found: Sealed rows.
+        """
+        opened: list[Found] = []
+        seals: dict[int, bytes] = {}
+        for item in found:
+            rows, inputs = _without_seals(item)
+            opened.append(rows)
+            seals.update(zip(item.positions, inputs, strict=True))
+
+        watched = self._choose(digests, seals)
+        before: dict[bytes, bytes] = {}
+        for position, inputs_now in zip(watched, batch.inputs(watched), strict=True):
+            expected = before.setdefault(digests[position], seals.get(position, inputs_now))
+            if inputs_now != expected:
+                self._is_any_wrong = True
+                return None
+        if seals:
+            self._whole_batches -= 1
+        return opened
+
+    def _choose(self, digests: Sequence[bytes], found: Iterable[int]) -> list[int]:
+        """Return the positions to watch: of rows that were found, and of keys that come more than once."""
+        is_whole = self._is_any_wrong or self._whole_batches > 0
+        watched = {p for p in found if is_whole or not digests[p][0] % _WATCHED_SHARE}
+        if len(set(digests)) < len(digests):
+            counts = Counter(digests)
+            watched.update(p for p, digest in enumerate(digests) if counts[digest] > 1)
+        return sorted(watched)
+
+
+def sealed(rows: Rows, inputs: Sequence[bytes]) -> Rows:
+    """Return rows with the digests of the inputs that they were computed from as one leaf more."""
+    seals = np.frombuffer(b"".join(inputs), dtype=np.uint8).reshape(-1, DIGEST_BYTES)
+    layout = Layout((*rows.layout.leaves, _SEAL), rows.layout.structure)
+    return Rows(rows.digests, layout, np.concatenate([rows.data, seals], axis=1))
+
+
+def layout_without_seal(layout: Layout) -> Layout | None:
+    """Return the layout of rows without their seals; None if they have none."""
+    if len(layout.leaves) < 2 or layout.leaves[-1] != _SEAL:
+        return None
+    return Layout(layout.leaves[:-1], layout.structure)
+
+
+def open_fitting(batch: Batch, found: Sequence[Found]) -> list[Found]:
+    """Return those of sealed rows that were computed from the inputs that a batch has now, without their seals."""
+    fitting: list[Found] = []
+    for item in found:
+        rows, inputs = _without_seals(item)
+        fits = [
+            i for i, pair in enumerate(zip(inputs, batch.inputs(item.positions), strict=True)) if pair[0] == pair[1]
+        ]
+        if len(fits) == len(inputs):
+            fitting.append(rows)
+        elif fits:
+            fitting.append(Found([item.positions[i] for i in fits], rows.layout, rows.data[fits]))
+    return fitting
+
+
+def _without_seals(found: Found) -> tuple[Found, list[bytes]]:
+    """Take rows and the digests of their inputs apart."""
+    layout = layout_without_seal(found.layout)
+    assert layout is not None  # the tiers pass no other rows
+    data = found.data
+    if not isinstance(data, np.ndarray):  # from a memory tier on an accelerator
+        seals = [seal.tobytes() for seal in data[:, layout.nbytes :].cpu().numpy()]
+        return Found(found.positions, layout, columns(data, 0, layout.nbytes)), seals
+    seals = [seal.tobytes() for seal in data[:, layout.nbytes :]]
+    # The rows close ranks in the memory they have: a second copy of large ones would cost its page faults.
+    flat = data.data.cast("B")
+    n, width, sealed_width = len(data), layout.nbytes, found.layout.nbytes
+    for i in range(1, n):
+        flat[i * width : (i + 1) * width] = flat[i * sealed_width : i * sealed_width + width]
+    return Found(found.positions, layout, data.reshape(-1)[: n * width].reshape(n, width)), seals

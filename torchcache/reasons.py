@@ -41,8 +41,9 @@ REMEDIES = {
     "persistent_module_hash",
     "fully_masked_row": "the mask leaves nothing of a row, so its result may depend on how far it is padded; leave "
     "such rows out of the batch",
-    "sample_key_of_other_inputs": "a key that sample_keys() was given came with other inputs before; give each input a "
-    "key of its own, for example one that also names the augmentation",
+    "sample_key_of_other_inputs": "a key that sample_keys() was given came with other inputs before, in this or an "
+    "earlier program; give each input a key of its own, for example one that also names the augmentation, or clear() "
+    "the cache if the inputs were changed for good",
     "rows_do_not_stack": "the rows of one batch have results of different shapes or plain values",
     "unsupported_result": "the result holds something that would not come back as it is, so it is not kept",
     "unsupported_call": "the call cannot be split into samples, or an argument of it cannot be named, and calls before "

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torchcache.arguments import Argument, Tensors, Values, is_batch_of_texts, open_argument, plain_sequences
 from torchcache.call_results import CallResults
 from torchcache.errors import ConfigError, UncacheableError
-from torchcache.keys.digest import combine, digest_parts
+from torchcache.keys.digest import DIGEST_BYTES, combine, digest_parts
 from torchcache.keys.plain import encode_plain
 from torchcache.options import CacheOptions
 from torchcache.padding import PaddedResults, PaddedTensors, Spans
@@ -388,9 +388,12 @@ class Batch:
         """Return the 16-byte digest of each sample, in order; ``keys`` of the user's own stand for the inputs."""
         return combine(signature, [leaf.digests(self.n) for leaf in self._leaves] if keys is None else [[*keys]])
 
-    def digest(self, position: int) -> bytes:
-        """Return the digest of one sample's inputs."""
-        return digest_parts([leaf.digest(position) for leaf in self._leaves])
+    def inputs(self, positions: Sequence[int]) -> list[bytes]:
+        """Return digests of the inputs of some samples, whatever keys stand for them."""
+        if len(positions) > self.n // 2:  # all at once costs less
+            every = combine(bytes(DIGEST_BYTES), [leaf.digests(self.n) for leaf in self._leaves])
+            return [every[p] for p in positions]
+        return combine(bytes(DIGEST_BYTES), [[leaf.digest(p) for p in positions] for leaf in self._leaves])
 
     def row(self, position: int) -> tuple[Any, ...]:
         """Return copies of one sample's rows, each a batch of one, as ``select`` takes them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,10 +13,11 @@ import torch
 from torchcache import process
 from torchcache.errors import StoreError
 from torchcache.identity import Function, Look
-from torchcache.layout import Found, Rows
+from torchcache.layout import Found, Layout, Rows
 from torchcache.memory import MemoryTier
 from torchcache.notices import Notices
 from torchcache.options import CacheOptions
+from torchcache.own_keys import layout_without_seal
 from torchcache.recheck import Verdicts
 from torchcache.samples import Batch
 from torchcache.storage.access import GROUP, PRIVATE
@@ -39,6 +41,9 @@ _TOO_LARGE = {
     "too_large_to_describe": f"what describes a value takes more than {MAX_HEADER_BYTES} bytes",
 }
 
+#: The devices of so many forms of calls are remembered.
+_MOST_FORMS = 4096
+
 
 @dataclass(slots=True)
 class CachedCall:
@@ -60,6 +65,46 @@ class CachedCall:
         return self.digests if len(positions) == self.batch.n else [self.digests[p] for p in positions]
 
 
+class ResultDevices:
+    """Where computed results had their leaves, by the form of their calls and the devices of what went in.
+
+    Rows say nothing of devices, and a key neither. Of whole calls each has a form of its own; one that was not computed
+    here goes by the one computed last.
+
+    Attributes:
+        latest: Of the result that was computed last.
+    """
+
+    def __init__(self) -> None:
+        self.latest: tuple[torch.device, ...] = ()
+        self._lock = process.ForkLock()
+        self._known: OrderedDict[tuple[object, ...], tuple[torch.device, ...]] = OrderedDict()  # guarded by _lock
+
+    def note(self, call: CachedCall, module_device: torch.device | None, devices: tuple[torch.device, ...]) -> None:
+        """Remember where a computed result has its leaves."""
+        with self._lock.raw:
+            self.latest = devices
+            for form in _device_forms(call, module_device):
+                self._known[form] = devices
+                self._known.move_to_end(form)
+                if len(self._known) > _MOST_FORMS:
+                    self._known.popitem(last=False)
+
+    def of(self, call: CachedCall, module_device: torch.device | None) -> tuple[torch.device, ...]:
+        """Return where results of such a call have their leaves; nothing if none was computed here."""
+        for form in _device_forms(call, module_device):
+            devices = self._known.get(form)
+            if devices is not None:
+                return devices
+        return ()
+
+
+def _device_forms(call: CachedCall, module_device: torch.device | None) -> list[tuple[object, ...]]:
+    """Return what the devices of a call's result depend on, the narrowest form first."""
+    form = (call.namespace, module_device, *[tensor.device for tensor in call.batch.tensors])
+    return [form] if call.batch.is_divisible else [(*form, call.digests[0]), form]
+
+
 class Tiers:
     """Memory, write queue and disk of one cache.
 
@@ -71,7 +116,7 @@ class Tiers:
 
     Attributes:
         known: The classes that stored results may be rebuilt from.
-        devices: Where the last computed result had its leaves.
+        devices: Where computed results had their leaves.
         on_touch: Called with a store now and then while its rows are used.
     """
 
@@ -87,7 +132,7 @@ class Tiers:
         self._verdicts = verdicts
         self._classes = classes
         self.known = KnownClasses()
-        self.devices: tuple[torch.device, ...] = ()
+        self.devices = ResultDevices()
         self.on_touch: Callable[[LmdbStore], None] | None = None
         self._opening = process.ForkLock()  # guards what is made at first use
         self._memory: MemoryTier | None = None
@@ -120,7 +165,10 @@ class Tiers:
         return found, missing
 
     def fetch(self, tier: str, call: CachedCall, positions: Sequence[int]) -> tuple[list[Found], list[int]]:
-        """Ask one tier for the samples at ``positions``; faults become misses."""
+        """Ask one tier for the samples at ``positions``; faults become misses.
+
+        Rows that were found by keys of the user's own are sealed (see ``own_keys``).
+        """
         wanted = call.rows_at(positions)
         found: list[Found] = []
         missing: Sequence[int] = range(len(wanted))
@@ -137,10 +185,9 @@ class Tiers:
             return [], list(positions)
         if not found:
             return [], list(positions)
-        is_known = call.batch.results.is_known
-        unknown = [item for item in found if not is_known(item.layout, self.known)]
+        unknown = [item for item in found if not self._is_known(call, item.layout)]
         if unknown:
-            found = [item for item in found if is_known(item.layout, self.known)]
+            found = [item for item in found if self._is_known(call, item.layout)]
             missing = sorted([*missing, *(p for item in unknown for p in item.positions)])
         self._notices.counters.add(**{f"{tier}_hits": len(wanted) - len(missing)})
         if len(positions) == call.batch.n:
@@ -149,6 +196,11 @@ class Tiers:
             [Found([positions[p] for p in item.positions], item.layout, item.data) for item in found],
             [positions[p] for p in missing],
         )
+
+    def _is_known(self, call: CachedCall, layout: Layout) -> bool:
+        """Tell whether this process can rebuild the values of a layout that a tier gave for a call."""
+        plain = layout if call.keys is None else layout_without_seal(layout)
+        return plain is not None and call.batch.results.is_known(plain, self.known)
 
     def _fetch_from_store(self, call: CachedCall, digests: Sequence[bytes]) -> tuple[list[Found], list[int]]:
         namespace, sink = call.namespace, call.sink
@@ -226,8 +278,9 @@ class Tiers:
         return WORKER_FLUSH_SECONDS if process.is_child() else DEFAULT_FLUSH_SECONDS
 
     def _remember(self, namespace: bytes, rows: Rows) -> None:
-        if self._memory is None and self._options().memory_cache_device is None and self.devices:
-            self._memory = MemoryTier(self._options().max_memory_cache_size, self.devices[0])
+        latest = self.devices.latest
+        if self._memory is None and self._options().memory_cache_device is None and latest:
+            self._memory = MemoryTier(self._options().max_memory_cache_size, latest[0])
         if self._memory is None:
             return
         try:

@@ -31,8 +31,10 @@ from tests.storage.known_values import (
 from torchcache.errors import StoreError
 from torchcache.storage import budget as budgets
 from torchcache.storage import lmdb as lmdb_store
+from torchcache.storage.access import PRIVATE
 from torchcache.storage.contract import Verdict
 from torchcache.storage.directory import CacheDirectory
+from torchcache.storage.lmdb import LmdbStore, StoreSettings
 
 NAMESPACES = [b"%016d" % i for i in range(6)]
 
@@ -348,6 +350,42 @@ def test_what_is_full_says_so_once_with_the_remedy(root, caplog):
     assert "max_persistent_cache_size" in said
     assert str(root) in said
     assert "300000" in said
+
+
+@pytest.mark.parametrize("eviction", ["stale", "none"])
+def test_a_lowered_budget_keeps_what_is_there_adds_nothing_and_says_so_once(root, clock, caplog, eviction):
+    put(open_store(root), digests_of(range(500)), nbytes=3000)
+    before = directory_bytes(root)
+    forget_environments()
+    lowered = open_store(root, budget_bytes=1_000_000, eviction=eviction)
+    clock.offset = 400.0  # a mark of use is due, and finds no room
+    lowered.touch(NAMESPACE)
+    assert len(caplog.records) == 1
+    for first in range(500, 600, 10):
+        assert dict(put(lowered, digests_of(range(first, first + 10)), nbytes=3000).dropped) == {"budget": 10}
+    assert hits_of(lowered, digests_of(range(600))) == set(range(500))
+    assert directory_bytes(root) <= before
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "more than max_persistent_cache_size=1000000" in said
+    assert f"eviction='{eviction}'" in said
+
+
+def test_a_lowered_budget_makes_an_environment_start_afresh_with_lru(root):
+    put(open_store(root), digests_of(range(500)), nbytes=3000)
+    forget_environments()
+    lowered = open_store(root, budget_bytes=1_000_000, eviction="lru")
+    assert put(lowered, digests_of(range(500, 510)), nbytes=3000).rows == 10
+    assert directory_bytes(root) <= 1_000_000
+
+
+def test_a_second_store_of_one_process_has_the_room_of_its_larger_budget(root, monkeypatch):
+    monkeypatch.setattr("torchcache.storage.environment._LEAST_MAP_BYTES", 1 << 20)
+    small = open_store(root, budget_bytes=1_000_000)
+    assert put(small, digests_of(range(10)), nbytes=3000).rows == 10
+    large = open_store(root, budget_bytes=100_000_000)
+    assert put(large, digests_of(range(10, 3010)), nbytes=3000).rows == 3000
+    assert hits_of(small, digests_of(range(3010))) == set(range(3010))
+    assert dict(put(small, digests_of([5000]), nbytes=3000).dropped) == {"budget": 1}
 
 
 @pytest.mark.parametrize("room", [0, 4095, 70_000, 90_000, 150_000, 900_000, 1_200_000])
@@ -747,6 +785,43 @@ def test_a_data_set_of_the_user_s_beside_the_cache_is_never_removed(root, disk, 
     assert (root / "lsun_train_lmdb" / "data.mdb").read_bytes() == before
     store.delete_all()
     assert (root / "lsun_train_lmdb" / "data.mdb").read_bytes() == before
+
+
+def files_of_0_6(path):
+    """Make what torchcache 0.6 left: a file a value, under its hash."""
+    path.mkdir(parents=True)
+    for number in (-5, 0, 123456789):
+        (path / f"{number}.pt.br").write_bytes(b"zstd")
+
+
+def test_beside_the_files_of_torchcache_0_6_a_cache_of_the_same_name_is_made_and_found_again(root, caplog):
+    files_of_0_6(root / "pinned")
+    store = open_store(root, "pinned")
+    assert put(store, digests_of(range(5))).rows == 5
+    assert store.path == root / "pinned.beside-0.6"
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert "torchcache 0.6" in said
+    assert sorted(entry.name for entry in (root / "pinned").iterdir()) == ["-5.pt.br", "0.pt.br", "123456789.pt.br"]
+
+    forget_environments()
+    reader = LmdbStore(CacheDirectory(root, PRIVATE.read_only()), "pinned", StoreSettings(budget_bytes=1 << 30))
+    assert hits_of(reader, digests_of(range(5))) == set(range(5))
+
+    shutil.rmtree(root / "pinned")
+    forget_environments()
+    assert hits_of(open_store(root, "pinned"), digests_of(range(5))) == set(range(5))
+    assert len(caplog.records) == 1
+
+
+def test_what_is_ours_or_empty_or_holds_anything_else_is_no_directory_of_torchcache_0_6(root):
+    files_of_0_6(root / "mixed")
+    (root / "mixed" / "notes.txt").touch()
+    (root / "empty").mkdir()
+    put(open_store(root, "ours"), digests_of(range(5)))
+    directory = CacheDirectory(root)
+    assert [directory.place_for(name) for name in ("mixed", "empty", "ours", "new")] == [
+        "mixed", "empty", "ours", "new"
+    ]  # fmt: skip
 
 
 def test_a_data_set_of_the_user_s_under_the_name_of_the_cache_is_left_alone(root):

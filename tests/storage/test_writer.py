@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -382,8 +383,12 @@ def test_tasks_are_the_parents_after_a_fork(writer, store, observer):
     assert offer(writer, store, observer, [1])
     assert store.entered.wait(10)
     assert writer.do(store, observer, lambda _: None)
-    store.let_through.set()
-    assert writer.before_fork(time.monotonic() + 10)
+    with ThreadPoolExecutor(1) as pool:
+        fork = pool.submit(writer.before_fork, time.monotonic() + 10)
+        with writer._mutex:
+            assert writer._changed.wait_for(lambda: writer._is_parked, timeout=10)
+        store.let_through.set()  # not before: the thread could go on with the task
+        assert fork.result(10)
     assert writer._tasks == 1
     writer.after_fork_in_child()
     assert (writer._tasks, len(writer._waiting)) == (0, 0)

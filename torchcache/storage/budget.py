@@ -51,6 +51,13 @@ _SPARE_PAGES = 16
 #: Half of the spare pages can list the pages of so many bytes.
 _FREED_BYTES = _SPARE_PAGES // 2 * (_PAGE // 16) * _PAGE
 
+#: What becomes of a directory with more than its budget, by ``eviction``.
+_WHEN_OVER = {
+    "stale": "What is there stays until nobody used it for an hour, and new values are not stored (eviction='stale')",
+    "lru": "The next value that is stored makes this module's start afresh (eviction='lru')",
+    "none": "What is there stays, and new values are not stored (eviction='none')",
+}
+
 
 class Budget:
     """How many bytes a cache directory may have, as one cache of this process sees it.
@@ -129,6 +136,8 @@ class Budget:
         self._short = "budget"
         if self._is_disk_short(growth_bytes) and self.missing_bytes(growth_bytes) <= 0:
             self._short = "min_free_disk"
+        if self._short == "budget":
+            self.say_if_over(eviction)
         if self._short not in self._said:
             self._said.add(self._short)
             if self._short == "budget":
@@ -146,6 +155,18 @@ class Budget:
                     "the smaller of 1 GB and 2 %" if self._min_free is None else self._min_free,
                 )  # fmt: skip
         return self._short
+
+    def say_if_over(self, eviction: str) -> None:
+        """Say once if there is more than the budget, as after it was lowered."""
+        used = self._directory.used_bytes()
+        if used <= self._limit or "budget" in self._said:
+            return
+        self._said.add("budget")
+        logger.warning(
+            "the cache under %s has %d bytes, more than max_persistent_cache_size=%d, as where that was lowered. %s. "
+            "Raise it, remove old subdirectories, or clear() caches that are not needed.",
+            self._directory.path, used, self._limit, _WHEN_OVER[eviction],
+        )  # fmt: skip
 
     def shortage(self) -> str | None:
         """Return what was short a moment ago; None where it is time to ask again."""

@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from torchcache.errors import StoreError
+from torchcache.log import warn_once
 from torchcache.process import ForkLock
 from torchcache.storage.access import PRIVATE, Access
 from torchcache.storage.filesystems import check_file_system
@@ -28,6 +31,10 @@ TRASH_PREFIX = ".torchcache-trash-"
 MARKER_NAME = ".torchcache"
 
 _POLL_SECONDS = 0.005
+
+#: What torchcache 0.6 called the file of a value; so many names tell whose a directory is.
+_NAME_IN_0_6 = re.compile(r"-?\d+\.pt\.br")
+_MOST_NAMES_LOOKED_AT = 64
 
 
 class TurnCancelledError(Exception):
@@ -147,6 +154,24 @@ class CacheDirectory:
         status = os.statvfs(self.path)
         return status.f_bavail * status.f_frsize, status.f_blocks * status.f_frsize
 
+    def place_for(self, name: str) -> str:
+        """Return the name of the subdirectory for a module hash: itself, or one beside the files of torchcache 0.6.
+
+        Once made, that one stays in use when those files are removed.
+        """
+        beside = f"{name}.beside-0.6"
+        if self.is_ours(name):
+            return name
+        if _holds_files_of_0_6(self.path / name):
+            warn_once(
+                ("beside", str(self.path / name)),
+                "%s holds files of torchcache 0.6, which this version does not read; the new cache is beside them, in "
+                "%s. Remove the old files if nothing needs them.",
+                self.path / name, beside,
+            )  # fmt: skip
+            return beside
+        return beside if self.is_ours(beside) else name
+
     def is_ours(self, name: str) -> bool:
         """Tell whether a subdirectory was made by torchcache."""
         return (self.path / name / MARKER_NAME).is_file()
@@ -185,6 +210,16 @@ class CacheDirectory:
         """Remove what a killed process left of a removal; the turn is held."""
         for entry in self.path.glob(f"{TRASH_PREFIX}*"):
             shutil.rmtree(entry, ignore_errors=True)
+
+
+def _holds_files_of_0_6(path: Path) -> bool:
+    """Tell whether a directory has what torchcache 0.6 put into it, and nothing else as far as a look shows."""
+    try:
+        with os.scandir(path) as entries:
+            names = [entry.name for entry in islice(entries, _MOST_NAMES_LOOKED_AT)]
+    except OSError:
+        return False
+    return bool(names) and all(_NAME_IN_0_6.fullmatch(name) for name in names)
 
 
 def _count_bytes(path: Path | str) -> int:

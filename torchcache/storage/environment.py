@@ -66,12 +66,14 @@ class Handles:
         inode: Of its data file.
         is_read_only: Whether it can only be read.
         is_noted: Whether readers stand in the table in ``lock.mdb``, so that no writer uses their pages again.
+        wanted_map_bytes: What was asked for as its map; an address space limit may have given less.
     """
 
     env: lmdb.Environment
     inode: int
     is_read_only: bool
     is_noted: bool
+    wanted_map_bytes: int
 
 
 class Environment:
@@ -102,11 +104,19 @@ class Environment:
         self._budget = budget
         self._map_bytes = max(_LEAST_MAP_BYTES, 1 << (4 * budget - 1).bit_length())
 
-    def make_writable(self, directory: CacheDirectory, budget: int) -> None:
-        """Open it for writing from now on; stores that read go on with the same handle."""
+    def serve(self, directory: CacheDirectory, budget: int) -> None:
+        """Suit one store more: open it for writing and with a larger map from the next use on, if the store needs that.
+
+        Stores that read, or have a smaller budget, go on with the same handle. It is opened anew and not resized, since
+        that would end transactions that are under way.
+        """
+        if directory.access.is_read_only:
+            return
         with self._lock.raw:
             if self._access.is_read_only:
                 self.directory, self._access = directory, directory.access
+                self._size_for(budget)
+            elif budget > self._budget:
                 self._size_for(budget)
 
     def reading(self) -> _Reading:
@@ -130,18 +140,18 @@ class Environment:
                 handles.env.reader_check()  # readers killed in a transaction pin pages for ever
                 with handles.env.begin(write=True, buffers=True) as txn:
                     yield txn
-                self._lengthen(handles.env)
+                self._lengthen(handles)
         finally:
             passage.leave()
 
-    def _lengthen(self, env: lmdb.Environment) -> None:
+    def _lengthen(self, handles: Handles) -> None:
         """Give the file the length that LMDB says it has.
 
         Pages that a transaction took at the end and freed again are counted and never written (seen with
         lmdb 3.0 and deletions), and a file that is too short is taken for truncated when it is opened.
         """
-        last_byte = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
-        if last_byte > _file_bytes(self.path / "data.mdb") and self.is_current():
+        last_byte = (handles.env.info()["last_pgno"] + 1) * handles.env.stat()["psize"]
+        if last_byte > _file_bytes(self.path / "data.mdb") and self._is_on_disk(handles):
             os.truncate(self.path / "data.mdb", last_byte)
 
     def last_page(self) -> int:
@@ -258,8 +268,11 @@ class Environment:
         handles = self._handles
         if handles is None:
             return True
-        if handles.is_read_only and not self._access.is_read_only:
-            return False
+        is_writable = not handles.is_read_only or self._access.is_read_only
+        is_large_enough = handles.wanted_map_bytes >= self._map_bytes  # a store with a larger budget may have come
+        return is_writable and is_large_enough and self._is_on_disk(handles)
+
+    def _is_on_disk(self, handles: Handles) -> bool:
         try:
             return os.stat(self.path / "data.mdb").st_ino == handles.inode
         except OSError:
@@ -332,6 +345,7 @@ class Environment:
 
     def _open(self) -> Handles:
         is_read_only = self._access.is_read_only
+        wanted_map_bytes = self._map_bytes
         with _translated(self.path):
             if is_read_only:
                 self.directory.check()
@@ -363,7 +377,7 @@ class Environment:
             except BaseException:
                 env.close()
                 raise
-            return Handles(env, inode, is_read_only, readers > 0)
+            return Handles(env, inode, is_read_only, readers > 0, wanted_map_bytes)
 
     def _open_env(self, path: str, readers: int, *, is_read_only: bool = False) -> lmdb.Environment:
         map_bytes = max(self._map_bytes, _file_bytes(self.path / "data.mdb") * 2)
@@ -451,8 +465,8 @@ def shared_environment(directory: CacheDirectory, name: str, budget: int) -> Env
     with _environments_lock.raw:
         if key not in _environments:
             _environments[key] = Environment(directory, name, budget)
-        elif not directory.access.is_read_only:
-            _environments[key].make_writable(directory, budget)
+        else:
+            _environments[key].serve(directory, budget)
         return _environments[key]
 
 

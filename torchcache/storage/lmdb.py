@@ -109,7 +109,7 @@ class LmdbStore:
     def __init__(self, directory: CacheDirectory, name: str, settings: StoreSettings) -> None:
         self._directory = directory
         self._settings = settings
-        self._environment = shared_environment(directory, name, settings.budget_bytes)
+        self._environment = shared_environment(directory, directory.place_for(name), settings.budget_bytes)
         self._budget = budget.Budget(directory, settings.budget_bytes, settings.min_free_bytes)
         self._doubtful: set[bytes] = set()  # index keys whose record failed a check: overwritten
         self._recent: dict[bytes, bytes] = {}  # segments read here -> when; noted with the next commit
@@ -203,6 +203,7 @@ class LmdbStore:
                     self._recent.update(recent)
                     if not self._allows_marks(txn, 1):
                         txn.abort()
+                        self._budget.say_if_over(self._settings.eviction)
                         return
                 _write_namespace(txn, namespace, replace(entry, touched_at=now))
 
