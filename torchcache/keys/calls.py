@@ -89,7 +89,7 @@ def uses_of(code: types.CodeType) -> Uses:
     seen = _Seen()
     for inner in all_codes(code):
         if inner is not code:
-            for name in _parameters(inner):
+            for name in parameters_of(inner):
                 seen.assigned[name] = _either(seen.assigned.get(name, ()), UNKNOWN)
         _Scan(inner, seen).run()
     return Uses(tuple(seen.calls), frozenset(seen.read), frozenset(seen.used), tuple(seen.items), seen.assigned)
@@ -106,7 +106,8 @@ class _Seen:
     assigned: dict[str, Operands] = field(default_factory=dict)
 
 
-def _parameters(code: types.CodeType) -> tuple[str, ...]:
+def parameters_of(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names of the parameters of a code object."""
     n_rest = [bool(code.co_flags & flag) for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS)].count(True)
     return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + n_rest]
 

@@ -32,6 +32,7 @@ from torchcache.keys.collectives import (
 )
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.mode import ambient_reason, current_mode
+from torchcache.keys.origins import is_own_module
 from torchcache.keys.places import DEFAULT, AttributesOf
 from torchcache.keys.plain import type_name
 from torchcache.keys.ranks import has_other_ranks, rank_and_size
@@ -318,7 +319,10 @@ class _Snapshot(Observer):
         self._owner = root if not isinstance(root, nn.Module) else None  # what is looked at, if it is no module
         self._named = [] if walk is None else [
             name for name in walk.names
-            if not walk.writes.leave_out_name(name.key, is_container=_is_container(name.read()))
+            if (
+                name.counts_always
+                or not walk.writes.leave_out_name(name.key, is_container=_is_container(name.read()))
+            )
             and (name.is_own or _is_constant_of_library(name.key, name.read()))
             and not self._is_ignored(name.key.removesuffix(DEFAULT), name.label)
         ]  # fmt: skip
@@ -383,8 +387,16 @@ class _Snapshot(Observer):
             parts = self._collect_tree(root, "", inner=is_inside)
         else:
             parts = [] if root is None else self._collect_object(root)
-        parts += [(f"name {name.label}", self._encode(name.read(), name.key)) for name in self._named]
+        parts += [(f"name {name.label}", self._encode_name(name)) for name in self._named]
         return parts
+
+    def _encode_name(self, name: Name) -> bytes:
+        n_opaque = len(self.opaque)
+        part = self._encode(name.read(), name.key)
+        if name.counts_always and len(self.opaque) > n_opaque:  # perhaps nobody reads it
+            del self.opaque[n_opaque:]
+            return b"not seen"
+        return part
 
     def _collect_tree(self, root: nn.Module, prefix: str, *, inner: bool) -> Parts:
         parts: Parts = []
@@ -516,7 +528,8 @@ class _Snapshot(Observer):
         return self._is_ignored(path)
 
     def note_code(self, code: object) -> None:
-        if isinstance(code, (types.FunctionType, type)) or is_module_of_torch(code):
+        is_module = isinstance(code, types.ModuleType) and (is_module_of_torch(code) or is_own_module(code.__name__))
+        if isinstance(code, (types.FunctionType, type)) or is_module:
             self._code.setdefault(id(code), code)
 
     def note_opaque(self, path: str, value: object) -> None:
