@@ -192,6 +192,8 @@ class Identity:
             return _shown(self._tracker.crossings)
         if reason == "random_numbers":
             return _shown(self._tracker.entropy)
+        if reason == "opaque_code":
+            return _shown(self._tracker.unseen)
         return _shown_opaque(self._tracker.opaque) if reason == "opaque_state" else ""
 
     def _check_ignored(self) -> None:
@@ -342,6 +344,8 @@ class FixedIdentity:
                 reason, evidence = "collectives", _shown(collectives)
             elif reason is None and findings.opaque:
                 reason, evidence = "opaque_state", _shown_opaque(findings.opaque)
+            elif reason is None and findings.unseen:
+                reason, evidence = "opaque_code", _shown(findings.unseen)
             elif reason is None and findings.entropy:
                 reason, evidence = "random_numbers", _shown(findings.entropy)
             look = Look(self._module_hash, namespace, is_private=False, reason=reason, evidence=evidence)

@@ -21,6 +21,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torchcache.keys.bytecode import Reads, Writes, all_codes, constant, fingerprint_code, is_constant, reads_of
@@ -29,6 +30,13 @@ from torchcache.keys.changes import CLASS_BOOKKEEPING, Watch, is_container, is_p
 from torchcache.keys.collectives import Talks, held_by
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.modules import Lookup, Reached, is_main, main_name
+from torchcache.keys.operators import (
+    ImplementationOf,
+    Operators,
+    digest_of_file,
+    operators_at,
+    operators_used,
+)
 from torchcache.keys.origins import (
     UNCOUNTED,
     find_origin,
@@ -128,6 +136,7 @@ class CodeWalk:
         talks: What the code that runs has to do with other ranks.
         reads_generators: Whether the code that runs may read the state of a random number generator.
         draws: What it may draw random numbers from that no seed decides.
+        unseen: Operators that it may call and of which it is not known what runs.
     """
 
     fingerprint: bytes = b""
@@ -138,6 +147,7 @@ class CodeWalk:
     talks: Talks = field(default_factory=Talks)
     reads_generators: bool = False
     draws: Draws = field(default_factory=Draws)
+    unseen: list[str] = field(default_factory=list)
     _watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
     def has_changed(self) -> bool:
@@ -236,6 +246,7 @@ class _Walk:
         self._attributes: set[str] = set()  # that any of the functions reads, and texts that may name one
         # Modules that code reaches other than by an attribute that it names, and whether all their data counts.
         self._whole: dict[int, tuple[types.ModuleType, bool]] = {}
+        self._operators: set[str] = set()
         self._is_aside = False  # what is visited is such a module's: whether any code that runs means it is not known
         self._aside: list[types.FunctionType] = []
         self._inner_modules: list[tuple[str, types.ModuleType, bool]] = []  # in them, which count if code says the name
@@ -287,6 +298,10 @@ class _Walk:
         if isinstance(value, type):
             self._class_names.setdefault(_last_name(label), []).append(value)
             self.visit_class(value)
+            return True
+        operators = operators_at(value)
+        if operators is not None:
+            self._visit_operators(operators)
             return True
         if isinstance(value, types.ModuleType):
             self._reach_whole(value)
@@ -411,7 +426,7 @@ class _Walk:
         self._follow_chains(function, reads, is_own=is_own)
         for level, module, wanted in reads.imports:
             self._follow_import(function, level, module, wanted, is_own=is_own)
-        self._follow_used_modules(function)
+        self._follow_uses(function)
 
     def _visit_root(self, name: Name, function: types.FunctionType, *, is_own: bool) -> None:
         """Visit what lies at a name that a function reads; of a module, the attributes that the function names."""
@@ -420,10 +435,12 @@ class _Walk:
         if isinstance(value, types.ModuleType):
             self._follow_module(value, name.key, reads_of(function.__code__), is_own=is_own)
 
-    def _follow_used_modules(self, function: types.FunctionType) -> None:
-        """Note the modules that a function reaches other than by an attribute that it names."""
+    def _follow_uses(self, function: types.FunctionType) -> None:
+        """Note operators, and the modules that a function reaches other than by an attribute that it names."""
         reads, uses = reads_of(function.__code__), uses_of(function.__code__)
         self._attributes.update(reads.attributes, _identifiers_in(function))
+        for operators in operators_used(function, uses):
+            self._visit_operators(operators)
         reached = Reached(function, uses)
         for module in reached.modules():
             self._reach_whole(module)
@@ -435,6 +452,23 @@ class _Walk:
             self._watch.add(Name(f"modules of {function.__name__}", lookup, ""), lookup.get("", None))
             for module in lookup.modules():
                 self._reach_whole(module, has_data=any(name.text for name in names))
+
+    def _visit_operators(self, operators: Operators) -> None:
+        """Visit what runs behind operators of ``torch.ops``."""
+        if operators.name in self._operators:
+            return
+        self._operators.add(operators.name)
+        self._say(f"operators {operators.name}")
+        place = ImplementationOf(operators)
+        found: Any = place.get("", None)
+        self._watch.add(Name(f"operators {operators.name}", place, ""), found)
+        for name, function in found.functions:
+            self.visit(function, name.partition("::")[2])  # as code names it
+        for origin in found.origins:
+            self._stop_at(origin, f"operators {operators.name}", origin)
+        for path in found.files:
+            self._say(f"library {Path(path).name}", digest_of_file(path))
+        self._found.unseen += found.unseen
 
     def _import_named(self, module: str) -> None:
         """Import a module of the user's own that code names in a text; note the version of a library's."""
@@ -817,6 +851,8 @@ class _Walk:
             if isinstance(found, types.FunctionType):
                 if self._is_own(origin_of_function(found)):
                     return True
+            elif operators_at(found) is not None:
+                return True
             elif isinstance(found, types.ModuleType):
                 if found is sys.modules.get(found.__name__) and origin_of_module(found.__name__) is None:
                     return True

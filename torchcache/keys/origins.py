@@ -98,6 +98,8 @@ def origin_of_module(module: str | None) -> str | None:
         return None
     if module in sys.builtin_module_names:
         return STANDARD
+    if type(loaded).__module__ == "torch._ops":  # torch.ops, which says that its file is one in the working directory
+        return "torch"
     origin = origin_of_file(_path_of(loaded))
     # A profiler or debugger of the standard library runs the user's script under its own name.
     return None if origin == STANDARD and module in ("__main__", "__mp_main__") else origin

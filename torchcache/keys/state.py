@@ -32,6 +32,7 @@ from torchcache.keys.collectives import (
 )
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.mode import ambient_reason, current_mode
+from torchcache.keys.operators import operators_at
 from torchcache.keys.origins import is_own_module
 from torchcache.keys.places import DEFAULT, AttributesOf
 from torchcache.keys.plain import type_name
@@ -150,6 +151,8 @@ class StateTracker:
             return "collectives"
         if self.opaque:
             return "opaque_state"
+        if self.unseen:
+            return "opaque_code"
         if self.entropy:
             return "random_numbers"
         if not self._fingerprint:
@@ -167,6 +170,11 @@ class StateTracker:
     def entropy(self) -> tuple[str, ...]:
         """What the code may draw random numbers from that no seed decides."""
         return () if self._walk is None else self._walk.draws.sources
+
+    @property
+    def unseen(self) -> list[str]:
+        """Operators that the code may call and of which it is not known what runs."""
+        return [] if self._walk is None else self._walk.unseen
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -529,7 +537,7 @@ class _Snapshot(Observer):
 
     def note_code(self, code: object) -> None:
         is_module = isinstance(code, types.ModuleType) and (is_module_of_torch(code) or is_own_module(code.__name__))
-        if isinstance(code, (types.FunctionType, type)) or is_module:
+        if isinstance(code, (types.FunctionType, type)) or is_module or operators_at(code) is not None:
             self._code.setdefault(id(code), code)
 
     def note_opaque(self, path: str, value: object) -> None:

@@ -391,6 +391,11 @@ class _Encoding:
             return digest_parts([b"named", name.encode()])
         return self.opaque(value, path)
 
+    def operator(self, value: Any, path: str) -> bytes:  # noqa: ANN401, ARG002 - an operator of torch.ops
+        """Encode an operator by its name; what runs behind it is code."""
+        self.observer.note_code(value)
+        return digest_parts([b"operator", str(value).encode()])
+
     def partial(self, value: Any, path: str) -> bytes:  # noqa: ANN401 - a partial function or method
         self.observer.note_code(value.func)
         parts = self.items(b"partial", [value.func, value.args, value.keywords], path)
@@ -594,6 +599,8 @@ def _way_of(kind: type) -> Way:
 
 
 def _find_way(kind: type) -> Way:
+    if kind.__module__ == "torch._ops" and kind.__name__ in ("OpOverload", "OpOverloadPacket", "_OpNamespace"):
+        return _Encoding.operator
     for kinds, way in _KINDS:
         if issubclass(kind, kinds):
             return way
