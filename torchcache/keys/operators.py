@@ -27,6 +27,9 @@ _NO_NAMESPACE = frozenset({"import_module", "load_library", "loaded_libraries"})
 #: Registered for this key is what computes shapes, not values.
 _SHAPES = "Meta"
 
+#: Wrappers are opened so deep to find the function inside.
+_MOST_WRAPPERS = 8
+
 _EXTENSIONS = (".so", ".pyd", ".dylib")
 
 
@@ -192,15 +195,21 @@ def _functions_of(definition: object) -> Iterator[object]:
 
 
 def _within(function: object) -> object:
-    """Return the function in a wrapper of torch's, which leads to those that compute shapes as well."""
-    if isinstance(function, types.FunctionType) and _is_of_definition(function):
+    """Return the function in wrappers of torch's, which lead to those that compute shapes as well."""
+    for _ in range(_MOST_WRAPPERS):
+        if not (isinstance(function, types.FunctionType) and _is_of_definition(function)):
+            break
         closure = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
-        return closure["fn"].cell_contents if "fn" in closure else function
+        if "fn" not in closure:
+            break
+        function = closure["fn"].cell_contents
     return function
 
 
 def _is_of_definition(function: object) -> bool:
-    return str(getattr(function, "__module__", "")) == "torch._library.custom_ops"
+    """Tell whether a function is one that torch makes around that of ``torch.library.custom_op``."""
+    home = function.__globals__.get("__name__") if isinstance(function, types.FunctionType) else None
+    return isinstance(home, str) and home.startswith("torch.") and home != "torch.library"
 
 
 def _kernels(operators: Operators) -> Iterator[tuple[str, object]]:
