@@ -63,6 +63,7 @@ from torchcache.keys.places import (
 )
 from torchcache.keys.randomness import Draws, leads_to_entropy
 from torchcache.keys.reach import Reach, defines
+from torchcache.keys.time_limit import TimeLimit
 
 __all__ = [
     "MISSING",
@@ -183,6 +184,9 @@ def walk_code(
             and other callables that its state holds. The walk keeps none of those callables alive.
         entry: The method of a class that runs; only code reachable from it counts as a writer of
             attributes (a setter that ``forward`` does not call does not hide an attribute).
+
+    Raises:
+        TakesTooLongError: If that takes too long.
     """
     target = unwrap(target)  # type: ignore[assignment] # of a function of ours, the user's
     walk = _Walk(home=_home_of(target))
@@ -228,6 +232,7 @@ class _Walk:
 
     def __init__(self, home: str | None) -> None:
         self._home = home  # None: the user's own, which always counts
+        self._limit = TimeLimit()
         self._seen: dict[int, int] = {}
         self._kept: list[object] = []  # ids stay unique while the objects live
         self._found = CodeWalk()
@@ -781,6 +786,7 @@ class _Walk:
                 if (owner, id(function)) in noted:
                     continue
                 noted.add((owner, id(function)))
+                self._limit.check()
                 self._found.writes.note(function, owner)
                 talks.note(function)
                 reads = reads_of(function.__code__)
@@ -815,6 +821,7 @@ class _Walk:
                 reach.follow(root)
         draws = self._found.draws = Draws(dict(self._entropy), methods)
         for function in reach.run():
+            self._limit.check()
             draws.note(function)
 
     def _note_entropy(self, key: str, value: object) -> None:
@@ -872,6 +879,7 @@ class _Walk:
             self._say(f"foreign {label}", name, origin, version_of(origin))
 
     def _again(self, kind: str, value: object, label: str) -> bool:
+        self._limit.check()
         number = self._seen.get(id(value))
         if number is None:
             self._seen[id(value)] = len(self._seen)

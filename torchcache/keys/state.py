@@ -37,6 +37,7 @@ from torchcache.keys.origins import is_own_module
 from torchcache.keys.places import DEFAULT, AttributesOf
 from torchcache.keys.plain import type_name
 from torchcache.keys.ranks import has_other_ranks, rank_and_size
+from torchcache.keys.time_limit import TimeLimit
 from torchcache.keys.values import Look, Observer, encode_compiler, encode_tensor, encode_value, inner_tensors
 from torchcache.keys.watched import Watched
 from torchcache.keys.weights import Marks, probes_of
@@ -317,6 +318,7 @@ class _Snapshot(Observer):
     """What one look at the state saw, in a form that the next call compares quickly."""
 
     def __init__(self, root: object, walk: CodeWalk | None, *, is_inside: bool, ignored: frozenset[str]) -> None:
+        self.limit = TimeLimit()
         self._watched = Watched()
         self._places = self._watched.places
         self._ignored = ignored
