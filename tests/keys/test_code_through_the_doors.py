@@ -324,7 +324,7 @@ def test_a_module_in_an_argument_counts_by_its_code(helpers):
         def __init__(self, ops):
             self.ops = ops
 
-    @torchcache()
+    @torchcache(batch_dim=None)
     def call(x, backend):
         return backend.ops.f(x)
 
