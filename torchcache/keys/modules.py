@@ -53,9 +53,13 @@ class Reached:
     Args:
         function: The function; it does not live for this.
         uses: Of its code.
+
+    Attributes:
+        may_rename: Whether a global or closure variable holds a name, and may hold another one later.
     """
 
     def __init__(self, function: types.FunctionType, uses: Uses) -> None:
+        self.may_rename = False
         self._uses = uses
         self._scope = Scope(function, uses)
         self._home = function.__globals__.get("__name__")
@@ -111,6 +115,7 @@ class Reached:
         names = set()
         for operand in self._origins(operands):
             is_start = operand.kind == "start"
+            self.may_rename = self.may_rename or (operand.kind in ("global", "variable") and operand.root != "__name__")
             for value in [operand.root] if is_start else self._scope.values((operand,)):
                 name = _resolved(value, package) if isinstance(value, str) else None
                 names.add(ANY if name is None else ModuleName(name.partition(":")[0], is_whole=not is_start))
@@ -146,12 +151,13 @@ class Lookup:
 
     def __init__(self, reached: Reached) -> None:
         self._reached = reached
+        self._names = reached.names()
         self._found = _Found([])
         self._asked: tuple[object, ...] = ()
 
     def get(self, key: str, default: object, /) -> object:  # noqa: ARG002 - there is one key
         """Return what stands for them."""
-        names = self._reached.names()
+        names = self._names if not self._reached.may_rename else self._reached.names()  # to find them out takes longer
         # A module that is imported is the last one; one in the place of another counts where it is asked for by name.
         exact = [id(sys.modules.get(name.text)) for name in names if name.is_whole]
         asked = (frozenset(names), len(sys.modules), next(reversed(sys.modules)), *sorted(exact))
