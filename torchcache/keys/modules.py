@@ -20,7 +20,7 @@ _IMPORTING = frozenset({
 })  # fmt: skip
 
 #: Functions that look up what lies in the module of the code that calls them.
-_OF_OWN_MODULE = frozenset({"builtins.globals", "builtins.eval", "builtins.exec"})
+_OF_OWN_MODULE = frozenset({"builtins.globals"})
 
 #: Attributes of a module with which code asks for any of its others.
 _WHOLE = frozenset({"__dict__", "__dir__", "__getattr__", "__getattribute__"})
