@@ -30,7 +30,7 @@ from stress import pairs, state_programs, state_values
 from stress.suites import SUITES
 from torchcache import changed_inputs, dataset, flights, own_keys, recheck, structure, tensors
 from torchcache import layout as rows
-from torchcache.keys import digest, registered, state, values, watched, weights
+from torchcache.keys import digest, registered, state, time_limit, values, watched, weights
 from torchcache.options import CacheOptions
 from torchcache.reasons import REMEDIES
 from torchcache.storage import access, budget, contract, environment, lmdb, record, temporary, writer
@@ -122,7 +122,9 @@ FROM_THE_CODE = {
         f"key in its first {own_keys._WHOLE_BATCHES} batches that find rows",
         f"then for one key in {PARTS[own_keys._WATCHED_SHARE].removesuffix('th')} (always the same ones)",
     ],
+    "CHANGELOG.md": [f"takes more than {time_limit.MOST_SECONDS:g} seconds to look at"],
     "keys.md": [
+        f"If walking the code takes more than {time_limit.MOST_SECONDS:g} seconds of computing",
         f"It is XXH3 with {digest.DIGEST_BYTES * 8} bits",
         f"2 x {weights._PROBE_BYTES} bytes of each",
         f"misses the {2 * weights._PROBE_BYTES} bytes",
@@ -157,6 +159,7 @@ FROM_THE_CODE = {
         f"version {wrong_hits.REQUIREMENTS['torch-module-cache'].partition('==')[2]} never reads what it wrote",
     ],
     "reference.md": [
+        f"at the state takes more than {time_limit.MOST_SECONDS:g} seconds.",
         (
             f"has more than {rows.MAX_LEAVES} tensors, or its plain values are more than {structure.MAX_NODES:,}, more "
             f"than {structure.MAX_STRUCTURE_BYTES // 1024} KiB or more than {structure.MAX_DEPTH} deep"

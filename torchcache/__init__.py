@@ -18,6 +18,7 @@ from torchcache.errors import (
     UncacheableError,
 )
 from torchcache.explanation import Explanation, SampleExplanation
+from torchcache.keys.registrations import note_registrations
 from torchcache.keys.registry import register_value
 from torchcache.log import configure_from_environment, set_logger_config
 from torchcache.stats import CacheStats
@@ -80,6 +81,7 @@ def __getattr__(name: str) -> object:
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(module), name)
+    note_registrations()  # of torch, if this was what loaded it
     globals()[name] = value
     return value
 
@@ -89,3 +91,4 @@ def __dir__() -> list[str]:
 
 
 configure_from_environment()
+note_registrations()

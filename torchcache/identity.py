@@ -20,6 +20,7 @@ from torchcache.keys.mode import ambient_reason, current_mode
 from torchcache.keys.objects import Findings
 from torchcache.keys.ranks import has_other_ranks, is_in_a_job, rank_and_size
 from torchcache.keys.state import StateTracker
+from torchcache.keys.time_limit import TakesTooLongError
 from torchcache.log import warn_once
 from torchcache.options import CacheOptions
 from torchcache.process import ForkLock
@@ -102,23 +103,34 @@ class Identity:
         self._talks: Talks | None = None  # None: the code was not asked what it has to do with other ranks
         self._own_name = os.urandom(16)  # what stands for what has no stable name
         self._has_checked_ignored = False
+        self._given_up: Look | None = None  # what stands for looks that take too long
 
     def module_hash(self) -> str:
         """Return the name of code, construction arguments and the options that shape the values."""
         with self._lock.raw:
-            return self._module_hash or self._identify()
+            if self._given_up is not None:
+                return self._given_up.module_hash
+            try:
+                return self._module_hash or self._identify()
+            except TakesTooLongError:
+                return self._give_up().module_hash
 
     def look(self) -> Look:
         """Look at the present state."""
         with self._lock.raw:
-            module_hash = self._module_hash or self._identify()
-            if self._talks is None and is_in_a_job():
-                self._identify()
-            tracker = self._tracker
-            fingerprint = tracker.fingerprint()
-            if tracker.code_has_moved:
-                module_hash = self._identify()
+            if self._given_up is not None:
+                return self._given_up
+            try:
+                module_hash = self._module_hash or self._identify()
+                if self._talks is None and is_in_a_job():
+                    self._identify()
+                tracker = self._tracker
                 fingerprint = tracker.fingerprint()
+                if tracker.code_has_moved:
+                    module_hash = self._identify()
+                    fingerprint = tracker.fingerprint()
+            except TakesTooLongError:
+                return self._give_up()
             reason, last = tracker.bypass_reason, self._last
             if last is not None and last[0] is fingerprint and last[1].reason == reason:
                 return last[1]  # what is to be said was said
@@ -136,12 +148,17 @@ class Identity:
         """Return the same as another object, which may be asked without this one remembering it."""
         twin = Identity(self._target, self._options)
         twin._own_name = self._own_name
+        twin._given_up = self._given_up
         return twin
 
     def has_moved(self) -> bool:
         """Tell whether code or state differ from what the last look saw."""
         with self._lock.raw:
-            return self._tracker.moved() or self._tracker.code_has_moved
+            try:
+                return self._tracker.moved() or self._tracker.code_has_moved
+            except TakesTooLongError:
+                self._give_up()
+                return True
 
     def settle(self, look: Look) -> bool:  # noqa: ARG002 - for what is made late
         """Make what computes, if it is not there; tell whether the state is another then than a look said."""
@@ -150,6 +167,7 @@ class Identity:
     def refresh(self) -> None:
         """Look at everything afresh next time."""
         with self._lock.raw:
+            self._given_up = None
             self._tracker.refresh()
 
     def parameters(self) -> list[torch.Tensor]:
@@ -176,6 +194,8 @@ class Identity:
     def describe(self) -> Iterator[tuple[str, bytes]]:
         """Yield each part of module hash and namespace with its digest."""
         with self._lock.raw:
+            if self._given_up is not None:
+                return
             if self._module_hash is None:
                 self._identify()
             walk = self._walk
@@ -192,6 +212,8 @@ class Identity:
             return _shown(self._tracker.crossings)
         if reason == "random_numbers":
             return _shown(self._tracker.entropy)
+        if reason == "opaque_code":
+            return _shown(self._tracker.unseen)
         return _shown_opaque(self._tracker.opaque) if reason == "opaque_state" else ""
 
     def _check_ignored(self) -> None:
@@ -202,7 +224,14 @@ class Identity:
             raise ConfigError(unknown_name(name, there, self._target.name), argument="ignore")
         self._has_checked_ignored = True
 
+    def _give_up(self) -> Look:
+        """Look no more: each further look would take as long."""
+        name = digest_parts([b"given up", self._own_name])
+        self._given_up = Look(name.hex(), name, is_private=True, reason="takes_too_long")
+        return self._given_up
+
     def _start_afresh(self) -> None:
+        self._given_up = None
         self._tracker = self._track()
         self._module_hash = self._last = None
 
@@ -293,6 +322,10 @@ def _named_parts(options: CacheOptions, *more: tuple[str, bytes]) -> list[tuple[
     return [("record format", str(FORMAT_VERSION).encode()), *more, *shaping]
 
 
+#: Stands for what takes too long to be found out.
+_GIVEN_UP = Findings(())
+
+
 class FixedIdentity:
     """What was found out once about a target, and the mode.
 
@@ -330,6 +363,8 @@ class FixedIdentity:
         """Return what was found out, in the present mode."""
         with self._lock.raw:
             findings = self._found()
+            if findings is _GIVEN_UP:
+                return Look(self._module_hash, b"", is_private=False, reason="takes_too_long")
             talks = findings.talks
             rank = rank_and_size() if talks is not None and talks.asks_rank else ()
             collectives = sorted(talks.collectives) if talks is not None and has_other_ranks() else []
@@ -342,6 +377,8 @@ class FixedIdentity:
                 reason, evidence = "collectives", _shown(collectives)
             elif reason is None and findings.opaque:
                 reason, evidence = "opaque_state", _shown_opaque(findings.opaque)
+            elif reason is None and findings.unseen:
+                reason, evidence = "opaque_code", _shown(findings.unseen)
             elif reason is None and findings.entropy:
                 reason, evidence = "random_numbers", _shown(findings.entropy)
             look = Look(self._module_hash, namespace, is_private=False, reason=reason, evidence=evidence)
@@ -403,7 +440,10 @@ class FixedIdentity:
     def _found(self) -> Findings:
         if self._findings is None:
             named = self._options().persistent_module_hash
-            findings = Findings(()) if named else self._find()
+            try:
+                findings = Findings(()) if named else self._find()
+            except TakesTooLongError:
+                findings = _GIVEN_UP
             parts = [
                 part
                 for name, value in (*findings.parts, *_named_parts(self._options()))

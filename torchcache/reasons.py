@@ -39,6 +39,11 @@ REMEDIES = {
     "opaque_state": "the state holds something that torchcache cannot see into, so that a change of it would not be "
     "noticed; register its class with torchcache.register_value(), name it in ignore= if it shapes no result, or set "
     "persistent_module_hash",
+    "opaque_code": "the code calls an operator of torch.ops of which it is not known what runs, so that a change of it "
+    "would not be noticed; import torchcache before the module that registers it, define it with "
+    "torch.library.custom_op, or set persistent_module_hash",
+    "takes_too_long": "to look at its code, or at its state, takes more than 30 seconds; set "
+    "persistent_module_hash to a name of your own, such as 'encoder-1'",
     "fully_masked_row": "the mask leaves nothing of a row, so its result may depend on how far it is padded; leave "
     "such rows out of the batch",
     "sample_key_of_other_inputs": "a key that sample_keys() was given came with other inputs before, in this or an "

@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from torchcache.arguments import Tensors, refuse_module
-from torchcache.keys.code import CodeWalk, is_own_class, walk_code
+from torchcache.keys.code import CodeWalk, Name, is_own_class, is_own_module, walk_code
 from torchcache.keys.digest import digest_parts
+from torchcache.keys.operators import operators_at
+from torchcache.keys.time_limit import TakesTooLongError
 from torchcache.keys.values import Observer, encode_value
 from torchcache.tensors import unsupported_kind
 
@@ -99,8 +101,8 @@ class _Seen(Observer):
         self.tensors: list[tuple[str, torch.Tensor]] = []
         self.opaque: list[tuple[str, str]] = []
         self.generators: list[object] = []
-        self._classes: dict[type, None] = {}
-        self._walked: set[type | types.FunctionType] = set()  # whose globals are being encoded
+        self._own: dict[Any, None] = {}  # classes and modules of the user's own, and operators
+        self._walked: set[object] = set()  # whose globals are being encoded
 
     def refer(self, value: torch.nn.Module | torch.Tensor, path: str) -> bytes | None:
         if not isinstance(value, torch.Tensor):
@@ -113,8 +115,12 @@ class _Seen(Observer):
         return self._encode_code(function)
 
     def note_code(self, code: object) -> None:
-        if isinstance(code, type) and is_own_class(code):
-            self._classes.setdefault(code)
+        if isinstance(code, type):
+            is_own = is_own_class(code)
+        else:
+            is_own = isinstance(code, types.ModuleType) and is_own_module(code.__name__)
+        if is_own or operators_at(code) is not None:
+            self._own.setdefault(code)
 
     def note_opaque(self, path: str, value: object) -> None:
         self.opaque.append((path, type(value).__qualname__))
@@ -123,30 +129,49 @@ class _Seen(Observer):
         self.generators.append(generator)
 
     def codes(self) -> list[bytes]:
-        """Return the bytes of the code of the user's own classes."""
-        return [self._encode_code(cls) for cls in [*self._classes]]
+        """Return the bytes of the code of the user's own classes and modules, and of what runs behind operators."""
+        return [self._encode_code(code) for code in [*self._own]]
 
-    def _encode_code(self, code: type | types.FunctionType) -> bytes:
-        """Encode a function or class: its code, the helpers that it calls, and the globals that these read."""
+    def _encode_code(self, code: Any) -> bytes:  # noqa: ANN401 - a function, or one of those
+        """Encode a function, class or module: its code, the helpers that it calls, and the globals that these read."""
         if code in self._walked:
             return b"again"
         self._walked.add(code)
         walk = _walk_of(code)
-        values = [encode_value(name.read(), name.label, self) for name in walk.names]
+        if walk is None:
+            self.note_opaque(code.__name__, code)
+            return b"takes too long"
+        values = list(map(self._encode_name, walk.names))
+        self.opaque += [(name, "operator of which it is not known what runs") for name in walk.unseen]
         self._walked.discard(code)
         return digest_parts([walk.fingerprint, *values])
 
+    def _encode_name(self, name: Name) -> bytes:
+        n_opaque = len(self.opaque)
+        encoded = encode_value(name.read(), name.label, self)
+        if name.counts_always and len(self.opaque) > n_opaque:  # perhaps nobody reads it
+            del self.opaque[n_opaque:]
+            return b"not seen"
+        return encoded
 
-#: The walks from classes and functions in arguments, the latest last.
-_walks: OrderedDict[type | types.FunctionType, CodeWalk] = OrderedDict()
+
+#: The walks from code in arguments, the latest last.
+_walks: OrderedDict[Any, CodeWalk | None] = OrderedDict()
 _MOST_WALKS = 256
 
 
-def _walk_of(code: type | types.FunctionType) -> CodeWalk:
-    """Walk from a class or function, or return the walk of an earlier call, if nothing has changed since."""
+def _walk_of(code: Any) -> CodeWalk | None:  # noqa: ANN401 - as of _Seen
+    """Walk from code, or return the walk of an earlier call, if nothing has changed since.
+
+    None if that takes too long; it is not tried again.
+    """
+    is_new = code not in _walks
     walk = _walks.pop(code, None)
-    if walk is None or walk.has_changed():
-        walk = walk_code(code)
+    if is_new or (walk is not None and walk.has_changed()):
+        try:
+            walk = walk_code(code)
+        except TakesTooLongError:
+            walk = None
     _walks[code] = walk
     if len(_walks) > _MOST_WALKS:
         _walks.popitem(last=False)

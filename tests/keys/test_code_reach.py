@@ -257,7 +257,6 @@ def test_plain_values_in_the_closure_of_a_librarys_wrapper_are_names(tmp_path, m
     (library / "wrapping.py").write_text(
         "def times(n, on):\n    def call(x):\n        return on(x) * n\n    return call\n"
     )
-    monkeypatch.setattr("torchcache.keys.origins._LIBRARY_FOLDERS", (f"{library}/",))
     monkeypatch.syspath_prepend(library)
     names = run("import wrapping\nhelper = wrapping.times(7, lambda x: x + 1)\ndef target(x):\n    return helper(x)")
     try:

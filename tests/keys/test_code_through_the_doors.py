@@ -5,16 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from torch import fx, nn
 
-from torchcache import cache_of
+from torchcache import CachedDataset, cache_of, torchcache
+from torchcache.keys import time_limit
 from torchcache.keys.code import is_own_class, walk_code
+from torchcache.reasons import REMEDIES
 
 ROOT = Path(__file__).parents[2]
+
+X = torch.ones(2, 3)
 
 
 def run(text):
@@ -278,3 +283,124 @@ def test_a_function_in_a_table_counts_with_its_helpers(cache_dir):
 
 def test_a_function_given_to_the_constructor_counts_with_its_helpers(cache_dir):
     assert result_before_and_after_an_edit(cache_dir, "outer") == [2, 3]
+
+
+# -- modules as values ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def helpers(monkeypatch):
+    """Return a module of the user's own, and a function that redefines what is in it."""
+    module = types.ModuleType("helpers_of_mine")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    def define(text):
+        exec(compile(text, "helpers_of_mine.py", "exec"), vars(module))
+        return module
+
+    define("def f(x):\n    return x * 2")
+    return define
+
+
+def test_a_module_in_an_attribute_counts_by_its_code(helpers):
+    class Net(nn.Module):
+        def __init__(self, ops):
+            super().__init__()
+            self.ops = ops
+
+        def forward(self, x):
+            return self.ops.f(x)
+
+    module = torchcache()(Net(helpers("N = 1")))
+    assert torch.equal(module(X), X * 2)
+    assert torch.equal(module(X), X * 2)
+    assert cache_of(module).stats().memory_hits
+    helpers("def f(x):\n    return x * 3")
+    assert torch.equal(module(X), X * 3)
+
+
+def test_a_module_in_an_argument_counts_by_its_code(helpers):
+    class Backend:
+        def __init__(self, ops):
+            self.ops = ops
+
+    @torchcache(batch_dim=None)
+    def call(x, backend):
+        return backend.ops.f(x)
+
+    backend = Backend(helpers("N = 1"))
+    assert torch.equal(call(X, backend), X * 2)
+    assert torch.equal(call(X, backend), X * 2)
+    assert call.cache_instance.stats().memory_hits
+    helpers("def f(x):\n    return x * 3")
+    assert torch.equal(call(X, backend), X * 3)
+
+
+def test_what_has_no_value_in_a_module_does_not_turn_the_cache_off(helpers):
+    ops = helpers("HANDLE = (i for i in range(3))")
+
+    @torchcache()
+    def call(x, name="f"):
+        return getattr(ops, name)(x)
+
+    for _ in range(2):
+        assert torch.equal(call(X), X * 2)
+    assert not call.cache_instance.stats().bypasses
+
+
+def test_a_counter_in_a_module_does_not_make_every_call_new(helpers):
+    ops = helpers("CALLS = 0\ndef f(x):\n    global CALLS\n    CALLS += 1\n    return x * 2")
+
+    @torchcache()
+    def call(x, name="f"):
+        return getattr(ops, name)(x)
+
+    for _ in range(4):
+        assert torch.equal(call(X), X * 2)
+    assert call.cache_instance.stats().memory_hits
+    assert not call.cache_instance.stats().bypasses
+
+
+# -- what takes too long -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("door", ["function", "module", "dataset"])
+def test_what_takes_too_long_to_look_at_goes_around_the_cache_and_says_so_once(door, monkeypatch, caplog):
+    monkeypatch.setattr("torchcache.keys.time_limit.MOST_SECONDS", 0)
+
+    class Net(nn.Module):
+        def forward(self, x):
+            return x * 2
+
+    class Data(torch.utils.data.Dataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, index):
+            return X * index
+
+    if door == "dataset":
+        dataset = CachedDataset(Data(), persistent=False)
+        cache = dataset.cache_instance
+        for _ in range(2):
+            assert torch.equal(dataset[2], X * 2)
+    else:
+        called = torchcache()(Net() if door == "module" else lambda x: x * 2)
+        cache = cache_of(called)
+        for _ in range(2):
+            assert torch.equal(called(X), X * 2)
+    assert cache.stats().bypasses == {"takes_too_long": 2}
+    said = [record.getMessage() for record in caplog.records if "takes_too_long" in record.getMessage()]
+    assert len(said) == 1
+    assert "persistent_module_hash" in said[0]
+    if door != "dataset":
+        assert cache.explain(X).bypass_reason == "takes_too_long"
+        monkeypatch.undo()
+        cache.refresh()
+        called(X)
+        called(X)
+        assert cache.stats().memory_hits
+
+
+def test_how_long_a_look_may_take_is_what_is_said():
+    assert f"{time_limit.MOST_SECONDS:.0f} seconds" in REMEDIES["takes_too_long"]

@@ -216,6 +216,7 @@ class Writes:
 
     _assigned: set[_Key] = field(default_factory=set)
     _changed: set[_Key] = field(default_factory=set)
+    _counted: set[_Key] = field(default_factory=set)  # assigned what is made of themselves
     _reads: Counter[_Key] = field(default_factory=Counter)
 
     def leave_out_attribute(self, cls: type, name: str, *, is_container: bool) -> bool:
@@ -235,6 +236,11 @@ class Writes:
         """Tell whether a global or closure variable is written by walked code and not used by any."""
         key = _NAMES, name
         return self._reads[key] <= 0 and (key in self._assigned or (is_container and key in self._changed))
+
+    def only_counts(self, name: str, *, is_container: bool) -> bool:
+        """Tell whether a global is a counter or a log of walked code that no walked code uses."""
+        key = _NAMES, name
+        return self._reads[key] <= 0 and (key in self._counted or (is_container and key in self._changed))
 
     @property
     def assigned_attributes(self) -> set[str]:
@@ -279,6 +285,7 @@ class Writes:
         """Note that what lies at ``key`` is assigned what came from ``value``."""
         self._assigned.add(key)
         if value == (_MADE_FROM, key):
+            self._counted.add(key)
             self._reads[key] -= 1
 
     def note_change(self, key: _Key, *, reads: bool) -> None:

@@ -6,12 +6,13 @@ for who knows the function to find out. This module does not import torch.
 
 from __future__ import annotations
 
+import ast
 import dis
 import inspect
 import sys
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import chain
 
@@ -24,9 +25,9 @@ class Operand:
 
     Attributes:
         kind: "global" for a global or builtin, "variable" for any other, "module" for what an import returns,
-            "result" for what a call returns, "constant", or "unknown".
-        root: The global, the variable, the module (with dots in front if it is relative), the call's number, or the
-            constant, if it is None or an int.
+            "result" for what a call returns, "constant", "start" for a text of which the front is known, or "unknown".
+        root: The global, the variable, the module (with dots in front if it is relative), the call's number, the
+            front of a text, or the constant as it is written, if it is None, an int or a text.
         keys: The attributes that are read of it, of that, and so on; of a constant, the names in it.
     """
 
@@ -69,29 +70,44 @@ class Uses:
     Attributes:
         calls: The calls; a result is known by the number of its call.
         read: What is read by a name.
+        used: What of that is used as it is, and not only for an attribute that the code names. What is assigned to a
+            variable is used where the variable is.
+        items: What is read with square brackets, and with which keys.
         assigned: The values that each variable is assigned. Variables of one name count as one.
     """
 
     calls: tuple[Call, ...]
     read: frozenset[Operand]
+    used: frozenset[Operand]
+    items: tuple[tuple[Operands, Operands], ...]
     assigned: Mapping[str, Operands]
 
 
 @lru_cache(maxsize=16384)
 def uses_of(code: types.CodeType) -> Uses:
     """Return what a code object and those inside it use."""
-    calls: list[Call] = []
-    read: set[Operand] = set()
-    assigned: dict[str, Operands] = {}
+    seen = _Seen()
     for inner in all_codes(code):
         if inner is not code:
-            for name in _parameters(inner):
-                assigned[name] = _either(assigned.get(name, ()), UNKNOWN)
-        _Scan(inner, calls, read, assigned).run()
-    return Uses(tuple(calls), frozenset(read), assigned)
+            for name in parameters_of(inner):
+                seen.assigned[name] = _either(seen.assigned.get(name, ()), UNKNOWN)
+        _Scan(inner, seen).run()
+    return Uses(tuple(seen.calls), frozenset(seen.read), frozenset(seen.used), tuple(seen.items), seen.assigned)
 
 
-def _parameters(code: types.CodeType) -> tuple[str, ...]:
+@dataclass(slots=True)
+class _Seen:
+    """What was seen so far, as in ``Uses``."""
+
+    calls: list[Call] = field(default_factory=list)
+    read: set[Operand] = field(default_factory=set)
+    used: set[Operand] = field(default_factory=set)
+    items: list[tuple[Operands, Operands]] = field(default_factory=list)
+    assigned: dict[str, Operands] = field(default_factory=dict)
+
+
+def parameters_of(code: types.CodeType) -> tuple[str, ...]:
+    """Return the names of the parameters of a code object."""
     n_rest = [bool(code.co_flags & flag) for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS)].count(True)
     return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + n_rest]
 
@@ -101,10 +117,11 @@ _JUMPS = frozenset({*dis.hasjrel, *dis.hasjabs})
 
 @dataclass(frozen=True, slots=True)
 class _Value:
-    """What lies on the stack, and at which offset it was put there."""
+    """What lies on the stack, at which offset it was put there, and the number of the read if it was read by a name."""
 
     operands: Operands
     offset: int = -1
+    number: int = -1
 
 
 _UNKNOWN = _Value(UNKNOWN)
@@ -117,18 +134,14 @@ class _Scan:
 
     Args:
         code: The code object.
-        calls: Where to add its calls.
-        read: Where to add what it reads by a name.
-        assigned: Where to add what it assigns to variables.
+        seen: Where to add what it does.
     """
 
-    def __init__(
-        self, code: types.CodeType, calls: list[Call], read: set[Operand], assigned: dict[str, Operands]
-    ) -> None:
+    def __init__(self, code: types.CodeType, seen: _Seen) -> None:
         self._code = code
-        self._calls = calls
-        self._read = read
-        self._assigned = assigned
+        self._seen = seen
+        self._unused: dict[int, Operands] = {}  # what was read by a name, by the number of the read
+        self._n_reads = 0
         self._stack = OperandStack(_UNKNOWN)
         self._offset = 0
         self._waiting: dict[int, list[_Value]] = {}  # the stacks of jumps, by the offset that they lead to
@@ -145,6 +158,8 @@ class _Scan:
                 self._jump(instruction)
             self._do(instruction)
             is_reached = not ends_here(instruction.opname)
+        # Whoever takes an attribute of it, or keeps it for later, has taken it out.
+        self._seen.used.update(chain.from_iterable(self._unused.values()))
 
     def _land(self, *, is_reached: bool) -> None:
         """Go on with the stack of the jumps that lead here too, or with theirs alone."""
@@ -181,8 +196,10 @@ class _Scan:
         elif opname.startswith("LOAD_FAST"):
             for name in variables_of(instruction):
                 self._push_read((Operand("variable", name),))
+            if opname == "LOAD_FAST_AND_CLEAR":  # a comprehension keeps it for later
+                self._unused.pop(self._n_reads, None)
         elif opname in LOADS_ATTRIBUTE:
-            self._push_read(_attribute(stack.pop().operands, argument))
+            self._push_read(_attribute(self._pop_unused().operands, argument))
             stack.push(*[_OWNER] * effect)
         elif opname == "LOAD_SUPER_ATTR":
             stack.pop(3)
@@ -197,6 +214,34 @@ class _Scan:
             self._push_read(_attribute(stack.peek(1).operands, argument))
         elif opname == "PUSH_NULL":
             stack.push(_NULL)
+        elif opname in ("STORE_ATTR", "DELETE_ATTR"):
+            self._pop_unused()
+            stack.pop(-1 - effect)
+        elif opname in ("COMPARE_OP", "CONTAINS_OP", "IS_OP"):
+            self._pop_unused()
+            self._pop_unused()
+            stack.push(_UNKNOWN)
+        elif opname == "STORE_GLOBAL":
+            value = stack.pop()
+            if any(operand.kind == "module" for operand in value.operands):
+                self._unused.pop(value.number, None)
+        elif (opname == "COPY" and arg == 1) or opname == "DUP_TOP":
+            value = stack.peek(1)
+            self._push_again(value) if value.number in self._unused else stack.push(value)
+        elif opname == "BINARY_SUBSCR":
+            key, owner = stack.pop(), self._pop_unused()
+            self._seen.items.append((owner.operands, key.operands))
+            stack.push(_UNKNOWN)
+        elif opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
+            stack.pop()
+            self._pop_unused()
+            stack.pop(-2 - effect)
+        elif opname == "BUILD_STRING":
+            first = [stack.pop() for _ in range(arg)][-1:]
+            self._push(_start_of(first[0].operands if first else UNKNOWN))
+        elif opname in ("BINARY_ADD", "BINARY_OP") and arg == 0:  # of all operators this is +
+            stack.pop()
+            self._push(_start_of(stack.pop().operands))
         elif opname in ("STORE_FAST", "STORE_DEREF", "STORE_FAST_STORE_FAST"):
             for name in variables_of(instruction):
                 self._assign(name, stack.pop())
@@ -215,41 +260,68 @@ class _Scan:
 
     def _push_read(self, operands: Operands) -> None:
         """Push what is read by a name."""
-        self._read.update(operands)
-        self._push(operands)
+        self._seen.read.update(operands)
+        self._push_again(_Value(operands, self._offset))
+
+    def _push_again(self, value: _Value) -> None:
+        """Push what is read by a name, as another read of it."""
+        self._n_reads += 1
+        self._unused[self._n_reads] = value.operands
+        self._stack.push(_Value(value.operands, value.offset, self._n_reads))
+
+    def _pop_unused(self) -> _Value:
+        """Take off the stack what is not used as it is."""
+        value = self._stack.pop()
+        self._unused.pop(value.number, None)
+        return value
 
     def _assign(self, name: str, value: _Value) -> None:
-        self._assigned[name] = _either(self._assigned.get(name, ()), value.operands)
+        self._unused.pop(value.number, None)
+        self._seen.assigned[name] = _either(self._seen.assigned.get(name, ()), value.operands)
 
     def _call(self, opname: str, arg: int) -> None:
         """Note a call, and put its result in place of callee and arguments."""
         stack = self._stack
         positional: list[Operands] = []
         keywords: list[tuple[str, Operands]] = []
-        has_more = opname == "CALL_FUNCTION_EX"
+        has_more, owner = opname == "CALL_FUNCTION_EX", _UNKNOWN
         if has_more:
             stack.pop(1 + (arg & 1))
         else:
             if opname in ("CALL_KW", "CALL_FUNCTION_KW"):
                 self._keywords = stack.pop().operands[0].keys
-            given = [stack.pop().operands for _ in range(arg)][::-1]
+            given = [stack.pop() for _ in range(arg)][::-1]
             n_positional = arg - len(self._keywords)
-            positional = given[:n_positional]
-            keywords = [*zip(self._keywords, given[n_positional:], strict=False)]
+            positional = [value.operands for value in given[:n_positional]]
+            keywords = [*zip(self._keywords, (value.operands for value in given[n_positional:]), strict=False)]
             self._keywords = ()
+            owner = given[0] if n_positional > 1 else _UNKNOWN
         callee, before = self._pop_callee(is_alone=_IS_OLD and opname != "CALL_METHOD")
+        self._unused.pop(callee.number, None)
+        if callee.operands[0] in _READS_ATTRIBUTE and not before and len(positional) > 1:
+            self._read_attribute(owner, positional[1])
         positional[:0] = before
         self._note(callee.offset, Call(callee.operands, tuple(positional), tuple(keywords), has_more))
+
+    def _read_attribute(self, owner: _Value, names: Operands) -> None:
+        """Note a call that reads an attribute whose name is written there, as the attribute itself does."""
+        texts = [text_of(name) for name in names]
+        if None not in texts:
+            self._unused.pop(owner.number, None)
+            for text in filter(None, texts):
+                found = _attribute(owner.operands, text)
+                self._seen.read.update(found)
+                self._seen.used.update(found)
 
     def _note(self, offset: int, call: Call) -> None:
         """Note a call. What follows a branch inside of it may be there twice: two calls of one callee are one."""
         form = len(call.positional), tuple(name for name, _ in call.keywords), call.has_more
-        number = self._numbers.setdefault((offset, form), len(self._calls))
-        if number == len(self._calls) or offset < 0:
-            number = len(self._calls)
-            self._calls.append(call)
+        number = self._numbers.setdefault((offset, form), len(self._seen.calls))
+        if number == len(self._seen.calls) or offset < 0:
+            number = len(self._seen.calls)
+            self._seen.calls.append(call)
         else:
-            self._calls[number] = _united(self._calls[number], call)
+            self._seen.calls[number] = _united(self._seen.calls[number], call)
         self._push((Operand("result", str(number)),))
 
     def _pop_callee(self, *, is_alone: bool) -> tuple[_Value, list[Operands]]:
@@ -271,6 +343,8 @@ class _Scan:
 _IS_OLD = sys.version_info < (3, 11)
 _HAS_NULL_BELOW = sys.version_info < (3, 13)
 
+_READS_ATTRIBUTE = frozenset({Operand("global", "getattr"), Operand("global", "hasattr")})
+
 _CALLS = frozenset({"CALL", "CALL_KW", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX", "CALL_METHOD"})
 
 
@@ -279,8 +353,20 @@ def _attribute(owners: Operands, key: str) -> Operands:
 
 
 def _constant(value: object) -> Operands:
-    is_told = value is None or type(value) is int
+    is_told = value is None or type(value) in (int, str)
     return (Operand("constant", repr(value) if is_told else "", _names_in(value)),)
+
+
+def text_of(operand: Operand) -> str | None:
+    """Return the text that an operand is, or None."""
+    is_text = operand.kind == "constant" and operand.root[:1] in ("'", '"')
+    return str(ast.literal_eval(operand.root)) if is_text else None
+
+
+def _start_of(operands: Operands) -> Operands:
+    """Return what is known of a text that starts with a value."""
+    texts = [operand.root if operand.kind == "start" else text_of(operand) for operand in operands]
+    return tuple(Operand("start", text) if text else UNKNOWN[0] for text in texts)
 
 
 def _imported(module: str, level: Operands, wanted: Operands) -> str:

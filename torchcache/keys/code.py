@@ -6,7 +6,8 @@ it was compiled, cannot tell closures apart, and is missing in a REPL.
 The walk starts at a class or a function and follows what its code refers to by name: globals, closure
 cells, defaults, attributes of imported modules, imports inside functions. It goes on through code of the
 user's own, also where a wrapper of somebody else's hides it, and stops at the standard library, torch, and
-other installed distributions, which count by name and version.
+other installed distributions, which count by version and files. Where code makes a name when it runs, all that it may
+mean counts (``modules.py``, ``operators.py``).
 """
 
 from __future__ import annotations
@@ -20,13 +21,23 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from torchcache.keys.bytecode import Reads, Writes, all_codes, constant, fingerprint_code, is_constant, reads_of
+from torchcache.keys.calls import uses_of
 from torchcache.keys.changes import CLASS_BOOKKEEPING, Watch, is_container, is_plain_type, items_of
 from torchcache.keys.collectives import Talks, held_by
 from torchcache.keys.digest import digest_parts
+from torchcache.keys.modules import Lookup, Reached, is_main, main_name
+from torchcache.keys.operators import (
+    ImplementationOf,
+    Operators,
+    digest_of_file,
+    operators_at,
+    operators_used,
+)
 from torchcache.keys.origins import (
     UNCOUNTED,
     find_origin,
@@ -53,6 +64,7 @@ from torchcache.keys.places import (
 )
 from torchcache.keys.randomness import Draws, leads_to_entropy
 from torchcache.keys.reach import Reach, defines
+from torchcache.keys.time_limit import TimeLimit
 
 __all__ = [
     "MISSING",
@@ -127,6 +139,7 @@ class CodeWalk:
         talks: What the code that runs has to do with other ranks.
         reads_generators: Whether the code that runs may read the state of a random number generator.
         draws: What it may draw random numbers from that no seed decides.
+        unseen: Operators that it may call and of which it is not known what runs.
     """
 
     fingerprint: bytes = b""
@@ -137,6 +150,7 @@ class CodeWalk:
     talks: Talks = field(default_factory=Talks)
     reads_generators: bool = False
     draws: Draws = field(default_factory=Draws)
+    unseen: list[str] = field(default_factory=list)
     _watch: Watch = field(default_factory=Watch, repr=False, compare=False)
 
     def has_changed(self) -> bool:
@@ -172,6 +186,9 @@ def walk_code(
             and other callables that its state holds. The walk keeps none of those callables alive.
         entry: The method of a class that runs; only code reachable from it counts as a writer of
             attributes (a setter that ``forward`` does not call does not hide an attribute).
+
+    Raises:
+        TakesTooLongError: If that takes too long.
     """
     target = unwrap(target)  # type: ignore[assignment] # of a function of ours, the user's
     walk = _Walk(home=_home_of(target))
@@ -187,6 +204,7 @@ def walk_code(
     walk.note_draws({id(target): target, **roots}.values())
     for part in roots.values():
         walk.note_held(part)
+    walk.visit_whole_modules()
     return walk.result()
 
 
@@ -216,6 +234,7 @@ class _Walk:
 
     def __init__(self, home: str | None) -> None:
         self._home = home  # None: the user's own, which always counts
+        self._limit = TimeLimit()
         self._seen: dict[int, int] = {}
         self._kept: list[object] = []  # ids stay unique while the objects live
         self._found = CodeWalk()
@@ -231,18 +250,31 @@ class _Walk:
         self._is_of_library = home is not None and home not in UNCOUNTED
         self._library_left = _MOST_OF_LIBRARY
         self._is_weak = False  # what is visited belongs to somebody's state, and must not live for the walk
+        self._attributes: set[str] = set()  # that any of the functions reads, and texts that may name one
+        # Modules that code reaches other than by an attribute that it names, and whether all their data counts.
+        self._whole: dict[int, tuple[types.ModuleType, bool]] = {}
+        self._operators: set[str] = set()
+        self._is_aside = False  # what is visited is such a module's: whether any code that runs means it is not known
+        self._aside: list[types.FunctionType] = []
+        self._inner_modules: list[tuple[str, types.ModuleType, bool]] = []  # in them, which count if code says the name
         self._say(f"python {sys.version_info[0]}.{sys.version_info[1]}")
         if home is not None and self._is_of_library:
             self._say(f"home {home}", version_of(home))
 
     def result(self) -> CodeWalk:
         found = self._found
+        aside = Writes()
+        for function in self._aside:
+            aside.note(function)
+        found.names = [
+            name for name in found.names
+            if not (name.counts_always and aside.only_counts(name.key, is_container=is_container(name.read())))
+        ]  # fmt: skip
         # Notes that a function keeps on another one and does not use.
         found.names += [
             name for name in self._function_names
             if not found.writes.leave_out_attribute(types.FunctionType, name.key, is_container=False)
         ]  # fmt: skip
-        found.classes = tuple(self._classes)
         found.fingerprint = digest_parts(part for label, digest in found.parts for part in (label.encode(), digest))
         found.parts = _told_apart(found.parts)
         self._watch.seal()
@@ -274,10 +306,13 @@ class _Walk:
             self._class_names.setdefault(_last_name(label), []).append(value)
             self.visit_class(value)
             return True
+        operators = operators_at(value)
+        if operators is not None:
+            self._visit_operators(operators)
+            return True
         if isinstance(value, types.ModuleType):
-            name = getattr(value, "__name__", None)
-            self._stop_at(origin_of_module(name), label, name if isinstance(name, str) else "")
-            return sys.modules.get(str(name)) is value
+            self._reach_whole(value)
+            return self._visit_module(value, label)
         if isinstance(value, _BUILTIN):
             owner = getattr(value, "__objclass__", None) or type(getattr(value, "__self__", None))
             module = str(getattr(value, "__module__", None) or owner.__module__)
@@ -301,6 +336,19 @@ class _Walk:
                 self._found.names.append(Name(f"results of {label}", ResultsOf(value), "results"))
             self._visit_object(value, label)
         return False
+
+    def _visit_module(self, module: types.ModuleType, label: str) -> bool:
+        """Note a module, of which count the attributes that code names; return False if it is loaded under no name."""
+        name = getattr(module, "__name__", None)
+        self._stop_at(origin_of_module(name), label, name if isinstance(name, str) else "")
+        return sys.modules.get(str(name)) is module
+
+    def _reach_whole(self, module: types.ModuleType, *, has_data: bool = True) -> None:
+        """Note a module whose code counts whole, if it is the user's own."""
+        name = getattr(module, "__name__", None)
+        if isinstance(name, str) and sys.modules.get(name) is module and origin_of_module(name) is None:
+            known = self._whole.get(id(module), (module, False))[1]
+            self._whole[id(module)] = module, known or (has_data and not is_main(module))
 
     def visit_class(self, cls: type) -> None:
         """Visit a class, its metaclass, its bases, their methods and class attributes."""
@@ -355,6 +403,8 @@ class _Walk:
         self._functions.setdefault(_last_name(label), []).append(function)
         if self._again("function", function, label):
             return
+        if self._is_aside:
+            self._aside.append(function)
         is_own = origin is None
         self._watch.add_function(function, weak=self._is_weak)
         self._say(f"function {label}", *self._code_of(function))
@@ -364,7 +414,8 @@ class _Walk:
             if key == "__class__":
                 self._visit_home_of_super(cell)
                 continue
-            self._visit_name(Name(f"{function.__name__}.{key}", cell if closure is None else closure, key, is_own), key)
+            name = Name(f"{function.__name__}.{key}", cell if closure is None else closure, key, is_own)
+            self._visit_root(name, function, is_own=is_own)
         self._note_environment(function)
         self._visit_attributes_of_function(function, label, is_own=is_own)
         was_weak, self._is_weak = self._is_weak, False  # globals are nobody's state
@@ -378,21 +429,72 @@ class _Walk:
             return
         for key in reads.names:
             if key not in _SKIPPED_GLOBALS:
-                self._visit_name(Name(key, function.__globals__, key, is_own), key)
-                value = function.__globals__.get(key, MISSING)
-                if isinstance(value, types.ModuleType):
-                    self._follow_module(value, key, reads, is_own=is_own)
+                self._visit_root(Name(key, function.__globals__, key, is_own), function, is_own=is_own)
         self._follow_chains(function, reads, is_own=is_own)
         for level, module, wanted in reads.imports:
             self._follow_import(function, level, module, wanted, is_own=is_own)
+        self._follow_uses(function)
+
+    def _visit_root(self, name: Name, function: types.FunctionType, *, is_own: bool) -> None:
+        """Visit what lies at a name that a function reads; of a module, the attributes that the function names."""
+        value = name.read()
+        self._visit_name(name, name.key, is_followed=True)
+        if isinstance(value, types.ModuleType):
+            self._follow_module(value, name.key, reads_of(function.__code__), is_own=is_own)
+
+    def _follow_uses(self, function: types.FunctionType) -> None:
+        """Note operators, and the modules that a function reaches other than by an attribute that it names."""
+        reads, uses = reads_of(function.__code__), uses_of(function.__code__)
+        self._attributes.update(reads.attributes, _identifiers_in(function))
+        for operators in operators_used(function, uses):
+            self._visit_operators(operators)
+        reached = Reached(function, uses)
+        for module in reached.modules():
+            self._reach_whole(module)
+        names = reached.names()
+        for text in sorted(name.text for name in names if name.is_whole):
+            self._import_named(text)
+        if names:
+            lookup = Lookup(reached)
+            self._watch.add(Name(f"modules of {function.__name__}", lookup, ""), lookup.get("", None))
+            for module in lookup.modules():
+                self._reach_whole(module, has_data=any(name.text for name in names))
+
+    def _visit_operators(self, operators: Operators) -> None:
+        """Visit what runs behind operators of ``torch.ops``."""
+        if operators.name in self._operators:
+            return
+        self._operators.add(operators.name)
+        self._say(f"operators {operators.name}")
+        place = ImplementationOf(operators)
+        found: Any = place.get("", None)
+        self._watch.add(Name(f"operators {operators.name}", place, ""), found)
+        for name, function in found.functions:
+            self.visit(function, name.partition("::")[2])  # as code names it
+        for origin in found.origins:
+            self._stop_at(origin, f"operators {operators.name}", origin)
+        for path in found.files:
+            self._say(f"library {Path(path).name}", digest_of_file(path))
+        self._found.unseen += found.unseen
+
+    def _import_named(self, module: str) -> None:
+        """Import a module of the user's own that code names in a text; note the version of a library's."""
+        try:
+            origin = find_origin(module)
+        except Exception:  # noqa: BLE001 - the search runs the user's code, too
+            self._watch.add(Name(module, sys.modules, module), MISSING)
+            return
+        if self._is_own(origin):
+            self._import(module)
+        else:
+            self._stop_at(origin, f"import {module}", module)
 
     def _note_environment(self, function: types.FunctionType) -> None:
         """Note the variables of the environment that a function may ask for: each text in it that could name one."""
         reads = reads_of(function.__code__)
         if not {"environ", "getenv"} & {*reads.names, *reads.attributes}:
             return
-        texts = {value for code in all_codes(function.__code__) for value in code.co_consts if type(value) is str}
-        for text in sorted(filter(str.isidentifier, texts)):
+        for text in _identifiers_in(function):
             self._found.names.append(Name(f"environment {text}", os.environ, text))
 
     def _visit_globals_of_library(self, function: types.FunctionType, reads: Reads) -> None:
@@ -445,8 +547,16 @@ class _Walk:
                 if not self._visit_name(name, key, is_data=False) and not key.startswith("__"):
                     self._function_names.append(name)
 
-    def _visit_name(self, name: Name, label: str, *, is_data: bool = True) -> bool:
-        """Visit what lies at a name now, and note it; return False if it is (also) data."""
+    def _visit_name(self, name: Name, label: str, *, is_data: bool = True, is_followed: bool = False) -> bool:
+        """Visit what lies at a name now, and note it; return False if it is (also) data.
+
+        Args:
+            name: The name.
+            label: What to call what lies there.
+            is_data: Whether data counts that lies there.
+            is_followed: Whether who calls knows which attributes of a module are meant.
+        """
+        name = replace(name, counts_always=True) if self._is_aside else name
         value = name.read()
         if not name.is_own and self._is_of_library and is_container(value):  # a table of it: its version counts
             return True
@@ -454,12 +564,17 @@ class _Walk:
             return True
         if not isinstance(name.place, ItemsOf):  # of what cannot change, whose holder is watched
             self._watch.add(name, value, weak=self._is_weak)
-        if value is MISSING or self.visit(value, label):
+        if value is MISSING or self._visit_what_lies_there(value, label, is_followed=is_followed):
             return True
         if is_data and (id(name.place), name.key) not in self._known_names:
             self._known_names.add((id(name.place), name.key))
             self._found.names.append(name)
         return False
+
+    def _visit_what_lies_there(self, value: object, label: str, *, is_followed: bool) -> bool:
+        if is_followed and isinstance(value, types.ModuleType):
+            return self._visit_module(value, label)
+        return self.visit(value, label)
 
     def _visit_inner(self, name: Name, label: str, *, is_data: bool = False) -> None:
         """Visit what lies inside an object of a library, if it is of the user's own, or plain data beside it."""
@@ -532,7 +647,7 @@ class _Walk:
         for key in reads.attributes:
             if key not in vars(module) and "__getattr__" in vars(module):
                 self._visit_name(Name(f"{label}.__getattr__", vars(module), "__getattr__", is_own), "__getattr__")
-            self._visit_name(Name(f"{label}.{key}", vars(module), key, is_own), key)
+            self._visit_name(Name(f"{label}.{key}", vars(module), key, is_own), key, is_followed=True)
             value = vars(module).get(key)
             if isinstance(value, types.ModuleType):
                 self._follow_module(value, f"{label}.{key}", reads, is_own=is_own, above=above | {id(module)})
@@ -576,7 +691,7 @@ class _Walk:
         for key in wanted:
             if key not in vars(loaded) and hasattr(loaded, "__path__"):
                 self._import(f"{full}.{key}")
-            self._visit_name(Name(f"{module}.{key}", vars(loaded), key, is_own), key)
+            self._visit_name(Name(f"{module}.{key}", vars(loaded), key, is_own), key, is_followed=True)
             value = vars(loaded).get(key)
             if isinstance(value, types.ModuleType):
                 self._follow_module(value, key, reads, is_own=is_own)
@@ -596,6 +711,45 @@ class _Walk:
         return loaded
 
     # -- what the code does when it runs -----------------------------------------------------------------
+
+    def visit_whole_modules(self) -> None:
+        """Visit all code of the modules that code reaches other than by an attribute that it names.
+
+        Last, because what of it runs is not known: it counts, and says nothing of what the code that runs does.
+        """
+        self._found.classes = tuple(self._classes)
+        self._is_aside = True
+        visited: set[tuple[int, bool]] = set()
+        while waiting := [item for item in self._whole.items() if (item[0], item[1][1]) not in visited]:
+            number, (module, has_data) = waiting[0]
+            visited.add((number, has_data))
+            self._visit_whole_module(module, has_data=has_data)
+            for key, inner, has_data in self._inner_modules:
+                if key in self._attributes:
+                    self._reach_whole(inner, has_data=has_data)
+
+    def _visit_whole_module(self, module: types.ModuleType, *, has_data: bool) -> None:
+        """Visit all code of a module, and all its data, or only what is called as constants are."""
+        label = main_name(module.__name__)
+        self._say(f"whole module {label}")
+        self._watch.add_whole(vars(module), data_may_come=True)
+        for key, value in sorted(vars(module).items()):
+            name = Name(f"{label}.{key}", vars(module), key)
+            if key in _SKIPPED_GLOBALS or (key.startswith("__") and key != "__getattr__"):
+                continue
+            if isinstance(value, types.ModuleType):
+                self._watch.add(name, value)
+                self._inner_modules.append((key, value, has_data))
+                if value.__name__.startswith(f"{module.__name__}."):
+                    self._reach_whole(value, has_data=has_data)
+            elif has_data or key.isupper():
+                self._visit_name(name, key)
+            elif type(value) in _OPENED or isinstance(value, (type, *_BUILTIN)):
+                self._visit_name(name, key, is_data=False)
+            elif is_container(value):
+                self._visit_items(value, key)
+            elif self._leads_to_own(value):  # it may be another one at each call
+                self.visit_class(type(value))
 
     def note_what_runs(self, entries: set[str], target: object) -> None:
         """Note what the code that runs from ``entries`` on, followed by name through all classes, writes and reads.
@@ -634,6 +788,7 @@ class _Walk:
                 if (owner, id(function)) in noted:
                     continue
                 noted.add((owner, id(function)))
+                self._limit.check()
                 self._found.writes.note(function, owner)
                 talks.note(function)
                 reads = reads_of(function.__code__)
@@ -666,8 +821,9 @@ class _Walk:
         for root in roots:
             if not isinstance(root, type):
                 reach.follow(root)
-        draws = self._found.draws = Draws(self._entropy, methods)
+        draws = self._found.draws = Draws(dict(self._entropy), methods)
         for function in reach.run():
+            self._limit.check()
             draws.note(function)
 
     def _note_entropy(self, key: str, value: object) -> None:
@@ -704,8 +860,11 @@ class _Walk:
             if isinstance(found, types.FunctionType):
                 if self._is_own(origin_of_function(found)):
                     return True
+            elif operators_at(found) is not None:
+                return True
             elif isinstance(found, types.ModuleType):
-                continue
+                if found is sys.modules.get(found.__name__) and origin_of_module(found.__name__) is None:
+                    return True
             elif self._is_own(origin_of_class(found if isinstance(found, type) else type(found))):
                 return True
         return False
@@ -722,6 +881,7 @@ class _Walk:
             self._say(f"foreign {label}", name, origin, version_of(origin))
 
     def _again(self, kind: str, value: object, label: str) -> bool:
+        self._limit.check()
         number = self._seen.get(id(value))
         if number is None:
             self._seen[id(value)] = len(self._seen)
@@ -895,6 +1055,12 @@ def _attributes(value: object, *, weak: bool) -> list[Name]:
             slots = sorted(key for key, slot in vars(base).items() if isinstance(slot, types.MemberDescriptorType))
             names += [Name(key, held, key) for key in slots]
     return names
+
+
+def _identifiers_in(function: types.FunctionType) -> list[str]:
+    """Return the texts in a function's code that could be names."""
+    texts = {value for code in all_codes(function.__code__) for value in code.co_consts if type(value) is str}
+    return sorted(filter(str.isidentifier, texts))
 
 
 def _script_of(value: object) -> str | None:

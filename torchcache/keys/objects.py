@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torchcache.keys.changes import is_container
 from torchcache.keys.code import Writes, is_hook_of_ours, walk_code
 from torchcache.keys.collectives import Talks
 from torchcache.keys.digest import digest_parts
+from torchcache.keys.operators import operators_at
 from torchcache.keys.state import StateTracker
 from torchcache.keys.values import Observer, encode_value
 
@@ -63,6 +65,7 @@ class Findings:
         classes: The user's own classes that the code refers to.
         talks: What the code has to do with other ranks.
         entropy: What the code may draw random numbers from that no seed decides.
+        unseen: Operators that the code may call and of which it is not known what runs.
     """
 
     parts: tuple[tuple[str, bytes], ...]
@@ -71,6 +74,7 @@ class Findings:
     classes: tuple[type, ...] = ()
     talks: Talks | None = None
     entropy: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
 
 
 def look_at_state(
@@ -136,6 +140,7 @@ def find_out(
         classes=walk.classes,
         talks=walk.talks,
         entropy=(walk if computes is None else walk_code(computes)).draws.sources,
+        unseen=tuple(walk.unseen),
     )
 
 
@@ -165,7 +170,7 @@ class _Look(Observer):
         return None
 
     def note_code(self, code: object) -> None:
-        if isinstance(code, type) or inspect.isfunction(code):
+        if isinstance(code, (type, types.ModuleType)) or inspect.isfunction(code) or operators_at(code) is not None:
             self.code.setdefault(id(code), code)
 
     def note_opaque(self, path: str, value: object) -> None:

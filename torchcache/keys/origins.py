@@ -15,8 +15,9 @@ import sysconfig
 import types
 from collections.abc import Iterator
 from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
+
+from torchcache.keys.distributions import distributions_of, installed_version
 
 STANDARD = "the standard library"
 
@@ -97,6 +98,8 @@ def origin_of_module(module: str | None) -> str | None:
         return None
     if module in sys.builtin_module_names:
         return STANDARD
+    if type(loaded).__module__ == "torch._ops":  # torch.ops, which says that its file is one in the working directory
+        return "torch"
     origin = origin_of_file(_path_of(loaded))
     # A profiler or debugger of the standard library runs the user's script under its own name.
     return None if origin == STANDARD and module in ("__main__", "__mp_main__") else origin
@@ -129,9 +132,13 @@ def find_origin(module: str) -> str | None:
     return origin_of_file(spec.origin or next(iter(spec.submodule_search_locations or ()), ""))
 
 
-@lru_cache(maxsize=4096)
 def origin_of_file(path: str) -> str | None:
     """Return where a file comes from: the names of its distributions, the standard library, or None."""
+    return _origin_of_file(path, tuple(sys.path))
+
+
+@lru_cache(maxsize=4096)
+def _origin_of_file(path: str, search_path: tuple[str, ...]) -> str | None:
     if path.startswith("<frozen"):
         return STANDARD
     if not path or path.startswith("<"):
@@ -139,42 +146,17 @@ def origin_of_file(path: str) -> str | None:
     full = os.path.realpath(path)
     if full.startswith(_PACKAGE_FOLDER):
         return "torchcache"
-    for folder in _LIBRARY_FOLDERS:
-        if full.startswith(folder):
-            top = full[len(folder) :].partition(os.sep)[0].partition(".")[0]
-            if top in _KNOWN_DISTRIBUTIONS:
-                return _KNOWN_DISTRIBUTIONS[top]
-            # A namespace package belongs to several distributions; which one made the file is not asked.
-            return ", ".join(_distributions().get(top) or [top])
+    found = distributions_of(full, search_path)
+    if found is not None:
+        return found
     return STANDARD if full.startswith(_STANDARD_FOLDERS) else None
 
 
-#: Most walks meet no others, and to read the metadata of all distributions takes up to a second.
-_KNOWN_DISTRIBUTIONS = {"torch": "torch", "functorch": "torch", "torchgen": "torch", "numpy": "numpy"}
-
 _PACKAGE_FOLDER = f"{Path(__file__).resolve().parents[1]}{os.sep}"
-_LIBRARY_FOLDERS = tuple(
-    dict.fromkeys(
-        os.path.realpath(path) + os.sep
-        for path in (*sysconfig.get_paths().values(), *sys.path)
-        if Path(path).name in ("site-packages", "dist-packages")
-    )
-)
 _STANDARD_FOLDERS = tuple(os.path.realpath(sysconfig.get_path(name)) + os.sep for name in ("stdlib", "platstdlib"))
-
-
-@lru_cache(maxsize=1)
-def _distributions() -> dict[str, list[str]]:
-    return {name: sorted(set(found)) for name, found in metadata.packages_distributions().items()}
 
 
 @lru_cache(maxsize=1024)
 def version_of(origin: str) -> str:
-    """Return the versions of the distributions that ``origin_of_file`` named."""
-    versions = []
-    for distribution in origin.split(", "):
-        try:
-            versions.append(metadata.version(distribution))
-        except metadata.PackageNotFoundError:
-            versions.append("")
-    return ", ".join(versions)
+    """Return what tells the versions of the distributions that ``origin_of_file`` named."""
+    return ", ".join(map(installed_version, origin.split(", ")))

@@ -34,13 +34,15 @@ class Place(Protocol):
 class Name:
     """A global, closure variable, default or class attribute that walked code reads, and where to read it again.
 
-    ``is_own`` is False for one of an installed distribution, whose version counts.
+    ``is_own`` is False for one of an installed distribution, whose version counts. ``counts_always`` is True where it
+    is not known which code reads it: it counts although no code is seen to use it, as far as it has a value.
     """
 
     label: str
     place: Mapping[str, Any] | types.CellType | Place
     key: str
     is_own: bool = True
+    counts_always: bool = False
 
     def read(self) -> object:
         """Return the variable's present value, or ``MISSING``."""

@@ -6,22 +6,19 @@ a generator that is made anew without a seed, leave none: they are found in the 
 
 from __future__ import annotations
 
-import builtins
 import functools
 import importlib
-import importlib.util
 import random
-import sys
 import types
 import typing
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torchcache.keys.calls import NONE, Call, Operand, Operands, Uses, uses_of
 from torchcache.keys.changes import parts_of
 from torchcache.keys.origins import STANDARD, origin_of_function
-from torchcache.keys.places import DEFAULT, MISSING, AttributesOf, ClosureOf, DefaultsOf, package_of
+from torchcache.keys.places import MISSING
+from torchcache.keys.scope import Scope
 
 #: Functions that draw whenever they run, by the module and the name that they were defined with.
 _DRAWING = {
@@ -55,9 +52,6 @@ _SEED_OF_ANY = "seed()"
 
 #: Functions that do not call what they are given.
 _NOT_CALLING = (isinstance, issubclass, getattr, hasattr, super, typing.cast)
-
-#: At most so many variables are followed to find one value: they may be assigned each other.
-_MOST_VARIABLES = 64
 
 #: Modules that lead to entropy. Code may be the first to import one when it runs; NumPy imports its own so as well.
 _MODULES = frozenset({"numpy.random", "os", "random", "secrets", "uuid"})
@@ -149,23 +143,8 @@ class Draws:
             self._certain.update(name for found in scope.values(value) if (name := _making(found)) is not None)
 
 
-@dataclass(slots=True)
-class _Path:
-    """How a value is looked for.
-
-    Attributes:
-        left_out: Where it does not come from.
-        variables: Those on the way, each assigned the next.
-        left: How many more may be followed.
-    """
-
-    left_out: Operand | None
-    variables: list[str] = field(default_factory=list)
-    left: int = _MOST_VARIABLES
-
-
-class _Scope:
-    """What the names in a function stand for now.
+class _Scope(Scope):
+    """What the names in a function stand for now; attributes of what is not known are those of ``Draws``.
 
     Args:
         function: The function; it does not live for this.
@@ -174,70 +153,21 @@ class _Scope:
     """
 
     def __init__(self, function: types.FunctionType, uses: Uses, held: Mapping[str, object]) -> None:
-        self._function = weakref.ref(function)
-        self._uses = uses
+        super().__init__(function, uses)
         self._held = held
 
-    def values(self, operands: Operands, left_out: Operand | None = None) -> list[object]:
-        """Return the values that something may be; ``MISSING`` for one that is not known.
-
-        Args:
-            operands: Where they come from.
-            left_out: Where they do not come from.
-        """
-        return self._values(operands, _Path(left_out))
-
-    def _values(self, operands: Operands, path: _Path) -> list[object]:
-        found = []
-        for operand in operands:
-            for value in () if operand == path.left_out else self._roots(operand, path):
-                for key in operand.keys:
-                    value = self._attribute(value, key)  # noqa: PLW2901 - on to the next
-                found.append(value)
-        return found
-
-    def _roots(self, operand: Operand, path: _Path) -> list[object]:
-        """Return what the attributes of an operand are read of."""
-        function, root = self._function(), operand.root
-        if function is None:
-            return [MISSING]
-        if operand.kind == "global":
-            return [function.__globals__.get(root, vars(builtins).get(root, MISSING))]
-        if operand.kind == "module":
-            return [_imported(root, function)]
-        if operand.kind == "variable":
-            return self._variable(root, function, path)
-        return [None if operand.kind == "constant" and root == "None" else MISSING]
-
-    def _variable(self, name: str, function: types.FunctionType, path: _Path) -> list[object]:
-        if name in path.variables:
-            return []
-        if path.left == 0:
-            return [MISSING]
-        path.left -= 1
-        code = function.__code__
-        path.variables.append(name)
-        values = self._values(self._uses.assigned.get(name, ()), path)
-        path.variables.pop()
-        if name in code.co_freevars:
-            values.append(ClosureOf(self._function).get(name, MISSING))
-        elif name in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]:
-            values.append(DefaultsOf(self._function).get(name + DEFAULT, MISSING))
-        return values or [MISSING]
-
-    def _attribute(self, value: object, key: str) -> object:
-        """Return an attribute without running code of the user's own; ``MISSING`` if that does not find it."""
-        found: object = MISSING
+    def attribute(self, value: object, key: str) -> object:
         if isinstance(value, types.ModuleType):
-            return vars(value)[key] if key in vars(value) else _module(f"{value.__name__}.{key}")
-        if isinstance(value, type):
-            found = next((vars(base)[key] for base in value.__mro__ if key in vars(base)), MISSING)
-        elif key == "seed" and _generator(type(value)) is not None:
+            return super().attribute(value, key)
+        if key == "seed" and not isinstance(value, type) and _generator(type(value)) is not None:
             return getattr(value, key, MISSING)
-        elif value is not MISSING:
-            found = AttributesOf(lambda: value).get(key, MISSING)
+        found = super().attribute(value, key)
         found = self._held.get(key, MISSING) if found is MISSING else found
         return found.__func__ if isinstance(found, (staticmethod, classmethod)) else found
+
+    def module(self, name: str) -> object:
+        """Return a module, if it is loaded or leads to entropy."""
+        return importlib.import_module(name) if name in _MODULES else super().module(name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,16 +263,3 @@ def _seeded_later(uses: Uses) -> set[int]:
                 owners = uses.assigned.get(operand.root, ()) if operand.kind == "variable" else (operand,)
                 found |= {int(owner.root) for owner in owners if owner.kind == "result"}
     return found
-
-
-def _imported(name: str, function: types.FunctionType) -> object:
-    """Return the module that an import in a function names, with dots in front if it is relative."""
-    try:
-        return _module(importlib.util.resolve_name(name, package_of(function)))
-    except ImportError:
-        return MISSING
-
-
-def _module(name: str) -> object:
-    """Return a module, if it is loaded or leads to entropy."""
-    return importlib.import_module(name) if name in _MODULES else sys.modules.get(name, MISSING)

@@ -32,9 +32,12 @@ from torchcache.keys.collectives import (
 )
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.mode import ambient_reason, current_mode
+from torchcache.keys.operators import operators_at
+from torchcache.keys.origins import is_own_module
 from torchcache.keys.places import DEFAULT, AttributesOf
 from torchcache.keys.plain import type_name
 from torchcache.keys.ranks import has_other_ranks, rank_and_size
+from torchcache.keys.time_limit import TimeLimit
 from torchcache.keys.values import Look, Observer, encode_compiler, encode_tensor, encode_value, inner_tensors
 from torchcache.keys.watched import Watched
 from torchcache.keys.weights import Marks, probes_of
@@ -149,6 +152,8 @@ class StateTracker:
             return "collectives"
         if self.opaque:
             return "opaque_state"
+        if self.unseen:
+            return "opaque_code"
         if self.entropy:
             return "random_numbers"
         if not self._fingerprint:
@@ -166,6 +171,11 @@ class StateTracker:
     def entropy(self) -> tuple[str, ...]:
         """What the code may draw random numbers from that no seed decides."""
         return () if self._walk is None else self._walk.draws.sources
+
+    @property
+    def unseen(self) -> list[str]:
+        """Operators that the code may call and of which it is not known what runs."""
+        return [] if self._walk is None else self._walk.unseen
 
     @property
     def parameters(self) -> list[torch.Tensor]:
@@ -308,6 +318,7 @@ class _Snapshot(Observer):
     """What one look at the state saw, in a form that the next call compares quickly."""
 
     def __init__(self, root: object, walk: CodeWalk | None, *, is_inside: bool, ignored: frozenset[str]) -> None:
+        self.limit = TimeLimit()
         self._watched = Watched()
         self._places = self._watched.places
         self._ignored = ignored
@@ -318,7 +329,10 @@ class _Snapshot(Observer):
         self._owner = root if not isinstance(root, nn.Module) else None  # what is looked at, if it is no module
         self._named = [] if walk is None else [
             name for name in walk.names
-            if not walk.writes.leave_out_name(name.key, is_container=_is_container(name.read()))
+            if (
+                name.counts_always
+                or not walk.writes.leave_out_name(name.key, is_container=_is_container(name.read()))
+            )
             and (name.is_own or _is_constant_of_library(name.key, name.read()))
             and not self._is_ignored(name.key.removesuffix(DEFAULT), name.label)
         ]  # fmt: skip
@@ -383,8 +397,16 @@ class _Snapshot(Observer):
             parts = self._collect_tree(root, "", inner=is_inside)
         else:
             parts = [] if root is None else self._collect_object(root)
-        parts += [(f"name {name.label}", self._encode(name.read(), name.key)) for name in self._named]
+        parts += [(f"name {name.label}", self._encode_name(name)) for name in self._named]
         return parts
+
+    def _encode_name(self, name: Name) -> bytes:
+        n_opaque = len(self.opaque)
+        part = self._encode(name.read(), name.key)
+        if name.counts_always and len(self.opaque) > n_opaque:  # perhaps nobody reads it
+            del self.opaque[n_opaque:]
+            return b"not seen"
+        return part
 
     def _collect_tree(self, root: nn.Module, prefix: str, *, inner: bool) -> Parts:
         parts: Parts = []
@@ -516,7 +538,8 @@ class _Snapshot(Observer):
         return self._is_ignored(path)
 
     def note_code(self, code: object) -> None:
-        if isinstance(code, (types.FunctionType, type)) or is_module_of_torch(code):
+        is_module = isinstance(code, types.ModuleType) and (is_module_of_torch(code) or is_own_module(code.__name__))
+        if isinstance(code, (types.FunctionType, type)) or is_module or operators_at(code) is not None:
             self._code.setdefault(id(code), code)
 
     def note_opaque(self, path: str, value: object) -> None:

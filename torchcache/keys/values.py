@@ -45,12 +45,16 @@ from torchcache.keys.digest import digest_bytes, digest_parts
 from torchcache.keys.plain import attributes_of_member, encode_plain, type_name
 from torchcache.keys.registry import Encode, Registration, count_registered, find_part, find_registration
 from torchcache.keys.tensor_digest import digest_tensor
+from torchcache.keys.time_limit import TakesTooLongError, TimeLimit
 
 #: What lies deeper in an encoding has no value that can be seen; the stack of the interpreter bounds it too.
 _DEEPEST = 100
 
 #: At most so many values are encoded at once; what comes after them has no value that can be seen.
 _MOST_VALUES = 10_000_000
+
+#: After so many values it is asked whether an encoding takes too long.
+_CHECKED_EVERY = 256
 
 #: An unseeded generator of NumPy draws 128 bits to start from, one of torch 53: no user chooses a seed that large.
 _LARGEST_SEED = 1 << 64
@@ -78,6 +82,8 @@ class Observer:
     asks_for_state = False
     #: Whether the order of a dict counts: code may go through it in order.
     is_order_kept = True
+    #: Ends an encoding that takes too long.
+    limit: TimeLimit | None = None
     #: Whether values are looked at again later: an iterator that code consumes is another one then.
     looks_again = True
 
@@ -128,7 +134,10 @@ class _ArgumentObserver(Observer):
     is_order_kept = False
 
     def code_of(self, function: types.FunctionType) -> bytes:
-        return walk_code(function).fingerprint  # with the helpers it calls
+        try:
+            return walk_code(function).fingerprint  # with the helpers it calls
+        except TakesTooLongError:
+            raise UnnamedValueError(function.__qualname__, "function of too much code") from None
 
     def note_opaque(self, path: str, value: object) -> None:
         raise UnnamedValueError(path, type(value).__qualname__)
@@ -213,6 +222,8 @@ class _Encoding:
         known = self._done.get(number)
         if known is not None:
             return known
+        if self.observer.limit is not None and not len(self._done) % _CHECKED_EVERY:
+            self.observer.limit.check()
         if len(self._done) >= _MOST_VALUES or len(self._inside) >= _DEEPEST:
             return self.opaque(value, path)
         self._inside[number] = len(self._inside)
@@ -390,6 +401,11 @@ class _Encoding:
         if any(getattr(home, name, None) is value for home in homes):
             return digest_parts([b"named", name.encode()])
         return self.opaque(value, path)
+
+    def operator(self, value: Any, path: str) -> bytes:  # noqa: ANN401, ARG002 - an operator of torch.ops
+        """Encode an operator by its name; what runs behind it is code."""
+        self.observer.note_code(value)
+        return digest_parts([b"operator", str(value).encode()])
 
     def partial(self, value: Any, path: str) -> bytes:  # noqa: ANN401 - a partial function or method
         self.observer.note_code(value.func)
@@ -601,6 +617,8 @@ def _way_of(kind: type) -> Way:
 
 
 def _find_way(kind: type) -> Way:
+    if kind.__module__ == "torch._ops" and kind.__name__ in ("OpOverload", "OpOverloadPacket", "_OpNamespace"):
+        return _Encoding.operator
     for kinds, way in _KINDS:
         if issubclass(kind, kinds):
             return way
