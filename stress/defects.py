@@ -9,10 +9,11 @@ import numpy as np
 from torchcache import arguments, call_results, padding
 from torchcache.changed_inputs import InputWatch
 from torchcache.draws import Draws
-from torchcache.keys import values, watched
+from torchcache.keys import mode, values, watched
 from torchcache.keys.attributes import attributes_of
 from torchcache.keys.digest import digest_rows
 from torchcache.keys.watched import Watched
+from torchcache.keys.weights import Contents
 from torchcache.memory import MemoryTier
 from torchcache.samples import Batch
 from torchcache.shared_arguments import SharedArgument
@@ -140,6 +141,16 @@ def _plain_results() -> None:
     call_results._is_leaf = lambda value: isinstance(value, np.ndarray) or true_is_leaf(value)
 
 
+def _marks_only() -> None:
+    """Let weights be known by what torch counts of them, and by their first and last bytes."""
+    Contents.have_moved = lambda self, hashed_bytes=0: False  # type: ignore[method-assign] # noqa: ARG005
+
+
+def _old_switches() -> None:
+    """Let the precisions that each backend has not count."""
+    mode._float32_precisions = str
+
+
 def _careless() -> None:
     """Let what a call does to its arguments go unnoticed."""
     InputWatch.changed = lambda self: ""  # type: ignore[method-assign] # noqa: ARG005
@@ -151,4 +162,5 @@ DEFECTS: dict[str, Callable[[], None]] = {
     "first-dimension": _first_dimension, "keys-alone": _keys_alone, "attributes-for-all": _attributes_for_all,
     "trusting": _trusting, "mask-blind": _mask_blind, "first-share": _first_share,
     "frozen-generators": _frozen_generators, "plain-results": _plain_results, "careless": _careless,
+    "marks-only": _marks_only, "old-switches": _old_switches,
 }  # fmt: skip

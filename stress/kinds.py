@@ -425,14 +425,14 @@ def _in_place(name: str, slot: str) -> Callable[[Side, random.Random], Change]:
     return change
 
 
-def _flip_weight_bit(names: str) -> Callable[[Side, random.Random], Change]:
-    """Change one bit of one weight, wherever it lies: a write that torch counts."""
+def _flip_weight_bit(names: str, *, way: str = "detach()") -> Callable[[Side, random.Random], Change]:
+    """Change one bit of one weight, wherever it lies: a write that torch counts, but for one through ``data``."""
 
     def change(side: Side, rng: random.Random) -> Change:
         at, bit, which = rng.randrange(1 << 16), rng.randrange(31), rng.randrange(1 << 8)
         lines = (
             f"_all = {names}\n"
-            f"_flat = _all[{which} % len(_all)].detach().view(-1).view(torch.int32)\n"
+            f"_flat = _all[{which} % len(_all)].{way}.view(-1).view(torch.int32)\n"
             f"_flat[{at} % len(_flat)] ^= 1 << {bit}"
         )
         return Change(replace(side, edits=(*side.edits, lines)))
@@ -676,6 +676,7 @@ KINDS: dict[str, Kind] = {
     "plain: another name": _differs(_rename_plain, "two_plain"),
     # Weights.
     "weights: a bit of a parameter": _program(_flip_weight_bit(_PARAMETERS), "module"),
+    "weights: a bit, uncounted": _program(_flip_weight_bit(_PARAMETERS, way="data"), "module"),
     "weights: a bit of a buffer": _program(_flip_weight_bit(_BUFFERS), "buffers"),
     "weights: replaced": _program(_edit(*_REPLACED), "module"),
     "weights: exchanged": _program(
@@ -729,6 +730,7 @@ KINDS: dict[str, Kind] = {
     "mode: autocast's dtype": _program(_mode("autocast", "autocast_half")),
     "mode: default dtype": _program(_mode("", "double")),
     "mode: precision": _program(_mode("", "precision")),
+    "mode: precision, by backend": _program(_mode("", "backend_precision")),
     "mode: fast path": _program(_mode("", "fastpath")),
     "mode: deterministic": _program(_mode("deterministic", "")),
     # Options that shape what is kept.

@@ -264,6 +264,20 @@ def _precision(value: str) -> Iterator[None]:
             torch._C._set_fp32_precision_setter(backend, "matmul", "none")
 
 
+@contextlib.contextmanager
+def _backend_precision(value: str) -> Iterator[None]:
+    """Set the precision of float32 matrix products in the way of torch 2.9, or in the old one before."""
+    if not hasattr(torch._C, "_set_fp32_precision_setter"):
+        with _precision("medium"):
+            yield
+        return
+    torch._C._set_fp32_precision_setter("mkldnn", "matmul", value)
+    try:
+        yield
+    finally:
+        torch._C._set_fp32_precision_setter("mkldnn", "matmul", "none")
+
+
 #: What is in force while a call is made. The first ones change the key, those at the end do not.
 MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "": contextlib.nullcontext,
@@ -271,6 +285,7 @@ MODES: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
     "autocast_half": lambda: torch.autocast("cpu", torch.float16),
     "double": lambda: _setting(torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     "precision": lambda: _precision("medium"),
+    "backend_precision": lambda: _backend_precision("bf16"),
     "fastpath": lambda: _setting(
         torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled, value=False
     ),

@@ -44,6 +44,7 @@ class Suite:
 
 _STORE_PLANTS = ("wrong-value", "lost-record", "over-budget")
 _FORM_PLANTS = ("wrong-value", "no-containers", "padding-counts", "no-unbatched", "first-dimension", "keys-alone")
+_KEY_PLANTS = ("blind", "restless", "short-sighted", "wrong-value", "marks-only", "old-switches")
 _VALUE_PLANTS = (
     "attributes-for-all", "trusting", "mask-blind", "first-share", "frozen-generators", "plain-results", "careless",
 )  # fmt: skip
@@ -57,7 +58,7 @@ SUITES = {
         Suite("fork", jobs=2, plants=(*_STORE_PLANTS, "open-handle")),
         Suite("loader", jobs=2, plants=("lost-record", "wrong-value")),
         Suite("ranks", jobs=1, plants=("lost-record", "wrong-value")),
-        Suite("keys", jobs=2, plants=("blind", "restless", "short-sighted", "wrong-value"), takes=_CASES),
+        Suite("keys", jobs=2, plants=_KEY_PLANTS, takes=_CASES),
         Suite("forms", jobs=2, plants=_FORM_PLANTS, takes=_CASES),
         Suite("state", jobs=2, plants=_VALUE_PLANTS, takes=_CASES),
         Suite("rows", jobs=1, plants=("short-sighted", "wrong-value"), takes=("cases",)),

@@ -43,6 +43,7 @@ FIGURE = re.compile(
 )
 
 WORDS = {3: "three", 4: "four", 5: "five", 9: "nine", 1000: "thousand", 3600.0: "an hour"}
+ORDINALS = {8: "eighth"}
 PARTS = {10: "tenth", 16: "sixteenth", 20: "twentieth"}
 
 
@@ -126,9 +127,16 @@ FROM_THE_CODE = {
     "keys.md": [
         f"If walking the code takes more than {time_limit.MOST_SECONDS:g} seconds of computing",
         f"It is XXH3 with {digest.DIGEST_BYTES * 8} bits",
-        f"2 x {weights._PROBE_BYTES} bytes of each",
-        f"misses the {2 * weights._PROBE_BYTES} bytes",
-        f"All weights are hashed again every {word(state._AUDIT_CALLS)} calls",
+        (
+            f"the first and last {weights._PROBE_BYTES} bytes | in turn, at every "
+            f"{ORDINALS[weights._CALLS_PER_TURN]} call, {weights._BYTES_IN_TURN // 1024} KiB per call and 1/{weights._HASHED_PER_BYTE_IN_TURN} of the bytes"
+        ),
+        f"the first and last {weights._ELEMENTS_AT_ENDS} elements | every {word(state._AUDIT_CALLS)} calls |",
+        f"| nothing | every {word(state._AUDIT_CALLS)} calls |",
+        f"its first or last {weights._PROBE_BYTES} bytes differ",
+        f"{weights._BYTES_IN_TURN // 1024} KiB x (*n* - 20) are the bytes of all frozen tensors and",
+        f"{weights._BYTES_PER_LEAF // 1024} KiB for each",
+        f"Every {word(state._AUDIT_CALLS)} calls, for at most {state._AUDIT_SHARE * 100:g} % of",
         f"All of it is looked at again every {word(state._AUDIT_CALLS)} calls",
         f"| containers and attributes | {watched.MOST_ENTRIES:,} entries",
         (
@@ -251,7 +259,7 @@ NOT_FROM_THE_CODE = {
         r"all 32 rows on disk",  # test_the_first_example_does_what_its_comments_say
         r'ARGS="--sentences 200 --epochs 2"',  # test_commands.py
     ],
-    "CHANGELOG.md": [r"en/1\.1\.0", r"\b0\.6\b", r'ARGS="--sentences 200 --epochs 2"'],
+    "CHANGELOG.md": [r"en/1\.1\.0", r"torch 2\.9\b", r"\b0\.6\b", r'ARGS="--sentences 200 --epochs 2"'],
     "howto.md": [
         r'version="minilm-2024-03"',
         r"at most three compilations|three more in inference mode",  # test_compile.py
@@ -259,6 +267,9 @@ NOT_FROM_THE_CODE = {
     "usage.md": [r"The first three|in three places"],
     "inputs.md": [r"`stride=\(2, 2\)`", r"within 1e-5"],
     "keys.md": [
+        r"\(torch 2\.9\)|all bytes: \d+ GB/s",
+        r"a ViT-B \(346 MB\) is gone through in [\d,]+ calls, or in \d+ if each of them hashes 64 images of 224 x 224",
+        r"costs at most 3 % of a hit|milliseconds at each call: \d+ for a ViT-B",
         r"up to Python 3\.12",  # test_dict_versions.py
         r"\(0\.\d+ ms\)|10 GB/s for arrays, 1 us per string|\(13 GB/s here; a list of 1\.3 million[^)]*4 seconds\)",
         r"\d+ to \d+ microseconds for the",  # python -m benchmarks state

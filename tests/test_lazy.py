@@ -234,6 +234,17 @@ def test_weights_that_are_changed_by_hand_are_not_what_the_factory_makes(options
     assert torch.equal(lazy(encoder, **options, mode="require")(batch()), first)
 
 
+def test_weights_that_are_changed_where_torch_counts_nothing_are_not_what_the_factory_makes_either(options):
+    module = lazy(encoder, **options)
+    first = module(batch())
+    module.model.linear.weight.data[1, 1] = 5
+    changed = module(batch())
+    assert not torch.equal(changed, first)
+    cache_of(module).flush()
+    cache_of(module).close()
+    assert torch.equal(lazy(encoder, **options, mode="require")(batch()), first)
+
+
 def test_version_starts_afresh(options):
     warm(encoder, options)
     with pytest.raises(CacheMissError):

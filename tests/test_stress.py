@@ -91,7 +91,12 @@ def test_every_kind_of_case_gets_its_turn(tmp_path):
 
 @pytest.mark.parametrize(
     ("suite", "plant", "kind", "cases"),
-    [("keys", "blind", "shared", ("--only", "dtype")), ("forms", "no-containers", "wrong", ("--cases", 47))],
+    [
+        ("keys", "blind", "shared", ("--only", "dtype")),
+        ("keys", "marks-only", "wrong", ("--only", "uncounted", "--cases", 30)),
+        ("keys", "old-switches", "shared", ("--only", "backend", "--cases", 20)),
+        ("forms", "no-containers", "wrong", ("--cases", 47)),
+    ],
 )
 def test_a_key_that_is_wrong_is_found_and_the_case_can_be_seen_again(suite, plant, kind, cases, tmp_path):
     words = ("--seed", 1, "--dir", tmp_path, "--jobs", 1, "--plant", plant)

@@ -51,6 +51,9 @@ _REDUCER_WAITS = (
     "prior iteration'"
 )
 
+#: How many bytes of weights are compared in a millisecond; a comparison that takes longer is mentioned in the log.
+_BYTES_PER_MILLISECOND = 10_000_000
+
 #: So many samples that are not cached are named in an error, and so many parts of a key of one kind: a large model has
 #: hundreds of weights.
 _MOST_SAMPLES_NAMED = 5
@@ -227,6 +230,8 @@ class Cache:
         )  # fmt: skip
         try:
             call.digests = batch.digests(signature, call.keys)
+            if call.keys is None:
+                self._identity.note_hashed(batch.host_bytes)
             found, missing = self._tiers.look_up(call) if options.looks_up else ([], [*range(batch.n)])
             if call.keys is not None:
                 opened = self._watched_keys.open(batch, call.digests, found)
@@ -368,8 +373,8 @@ class Cache:
     def refresh(self) -> None:
         """Look at all weights and state afresh at the next call.
 
-        Needed only after a sparse write that torch does not count, such as one element through ``.data``
-        or NumPy; everything else is noticed.
+        Needed only after a write that torch does not count, such as one element through ``.data`` or NumPy, to a tensor
+        that does not require grad, and after such a write to one on an accelerator; everything else is noticed at once.
         """
         self._identity.refresh()
         self._verdicts.clear()
@@ -413,7 +418,15 @@ class Cache:
         return self._bypass("unsupported_call", function, args, kwargs, rows=rows, evidence=str(error))
 
     def _grad_reason(self) -> str | None:
+        n_bytes = self._identity.whole_bytes()
+        cost = _cost_of(n_bytes) if n_bytes > _BYTES_PER_MILLISECOND else ""
         if not torch.is_grad_enabled() or not self._identity.requires_grad():
+            if cost:
+                self._notices.say(
+                    "cost",
+                    f"weights that require grad or were made in inference mode are compared at each call: {cost}; if "
+                    "that is too slow, call requires_grad_(False) on the module and make it outside of inference mode",
+                )
             return None
         when = self.options.when_grad
         if when == "bypass":
@@ -426,7 +439,9 @@ class Cache:
         self._notices.say(
             "detach",
             "parameters require grad, but cached outputs are detached, so they will not be trained; if that is "
-            "meant, call requires_grad_(False) on the module; if not, set when_grad='bypass'"
+            "meant, call requires_grad_(False) on the module"
+            + (f", which also spares the comparison of {cost} at each call" if cost else "")
+            + "; if not, set when_grad='bypass'"
             + (_REDUCER_WAITS if is_in_a_job() else ""),
         )
         return None
@@ -512,6 +527,11 @@ def _condensed(explanation: Explanation) -> Explanation:
             together = digest_parts(text.encode() for pair in zip(names, digests, strict=True) for text in pair)
             parts[f"{kind}, all {len(names)}"] = together.hex()
     return replace(explanation, parts=parts, samples=())
+
+
+def _cost_of(n_bytes: int) -> str:
+    """Say how much is compared, and for how long."""
+    return f"{n_bytes / 1e6:.0f} MB, some {n_bytes / _BYTES_PER_MILLISECOND:.0f} ms"
 
 
 def _is_exporting() -> bool:

@@ -178,6 +178,14 @@ class Identity:
         """Tell whether a parameter last seen required grad."""
         return self._tracker.requires_grad
 
+    def whole_bytes(self) -> int:
+        """Return how many bytes of weights are compared at each call, all of them."""
+        return self._tracker.whole_bytes
+
+    def note_hashed(self, n_bytes: int) -> None:
+        """Note that a call hashed so many bytes of its inputs: the next one looks at the more weights."""
+        self._tracker.note_hashed(n_bytes)
+
     def generators(self) -> list[object]:
         """Return the random number generators that the state last seen leads to."""
         return self._tracker.generators
@@ -409,6 +417,13 @@ class FixedIdentity:
     def requires_grad(self) -> bool:
         """Deny it: there are no parameters to train."""
         return False
+
+    def whole_bytes(self) -> int:
+        """Return none: weights are not followed."""
+        return 0
+
+    def note_hashed(self, n_bytes: int) -> None:
+        """Do nothing: there is nothing to look at again."""
 
     def generators(self) -> list[object]:
         """Return the random number generators that were found."""

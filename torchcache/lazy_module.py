@@ -265,6 +265,13 @@ class _LazyIdentity(Identity):
     def requires_grad(self) -> bool:
         return self._built is not None and self._built[0].requires_grad()
 
+    def whole_bytes(self) -> int:
+        return super().whole_bytes() + (0 if self._built is None else self._built[0].whole_bytes())
+
+    def note_hashed(self, n_bytes: int) -> None:
+        if self._built is not None:
+            self._built[0].note_hashed(n_bytes)
+
     def generators(self) -> list[object]:
         return [*super().generators(), *([] if self._built is None else self._built[0].generators())]
 

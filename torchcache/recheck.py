@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from torchcache.errors import CorruptRecordError
+from torchcache.keys.mode import is_precision_reduced
 from torchcache.layout import Bytes2D, Found, Layout
 from torchcache.outputs import are_alike
 from torchcache.process import ForkLock
@@ -206,7 +207,7 @@ def tolerance(tensors: Iterable[torch.Tensor], cache_dtype: torch.dtype | None) 
                 dtypes.add(torch.get_autocast_dtype(tensor.device.type))
     if torch.is_autocast_enabled("cpu"):
         dtypes.add(torch.get_autocast_dtype("cpu"))
-    if torch.get_float32_matmul_precision() != "highest":
+    if is_precision_reduced():
         widest = max(widest, _REDUCED_PRECISION_TOLERANCE)
     for dtype in dtypes:
         is_float8 = dtype.is_floating_point and dtype.itemsize == 1

@@ -348,6 +348,11 @@ class Batch:
         """The device of the first tensor argument."""
         return self.tensors[0].device if self.tensors else torch.device("cpu")
 
+    @property
+    def host_bytes(self) -> int:
+        """How many bytes of samples lie in host memory."""
+        return sum([tensor.nbytes for tensor in self.tensors if tensor.is_cpu])
+
     def bypass_reason(self) -> str | None:
         """Why this call cannot be cached whatever its state, or None."""
         if self._unsupported:

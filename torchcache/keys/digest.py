@@ -23,9 +23,17 @@ def digest_bytes(data: bytes | memoryview) -> bytes:
     """Return the digest of one row."""
     if len(data) <= LEAF_BYTES:
         return xxh3_128_digest(data)
-    view = memoryview(data)
-    leaves = [xxh3_128_digest(view[i : i + LEAF_BYTES]) for i in range(0, len(view), LEAF_BYTES)]
-    return xxh3_128_digest(b"".join(leaves))
+    return digest_of_leaves(digest_leaves(memoryview(data)))
+
+
+def digest_leaves(data: memoryview) -> bytes:
+    """Return the digests of the leaves of one row, which is not empty, one after the other."""
+    return b"".join([xxh3_128_digest(data[i : i + LEAF_BYTES]) for i in range(0, len(data), LEAF_BYTES)])
+
+
+def digest_of_leaves(leaves: bytes) -> bytes:
+    """Return the digest of the row that has these digests of leaves."""
+    return leaves if len(leaves) == DIGEST_BYTES else xxh3_128_digest(leaves)
 
 
 def digest_rows(data: memoryview, n: int) -> list[bytes]:

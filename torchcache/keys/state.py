@@ -1,9 +1,10 @@
 """Weights, plain state and mode to a namespace, and noticing that they changed.
 
 A ``StateTracker`` is asked at every call. It compares what it saw last (identities, pointers, versions,
-sizes, numbers by type and value, small containers by value, 2 x 64 bytes of every tensor in host memory)
-and hashes again only what moved. Now and then it hashes all weights although nothing seems to have
-moved, for sparse writes that bypass torch's version counters.
+sizes, numbers by type and value, small containers by value, 2 x 64 bytes of every tensor in host memory,
+all bytes of those that require grad, and a share of the others in turn) and hashes again only what moved.
+Now and then it hashes all weights although nothing seems to have moved, for writes on a device that bypass
+torch's version counters.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from torchcache.keys.ranks import has_other_ranks, rank_and_size
 from torchcache.keys.time_limit import TimeLimit
 from torchcache.keys.values import Look, Observer, encode_compiler, encode_tensor, encode_value, inner_tensors
 from torchcache.keys.watched import Watched
-from torchcache.keys.weights import Marks, probes_of
+from torchcache.keys.weights import Contents, Marks, probes_of
 
 #: Attributes of ``nn.Module`` that are bookkeeping, not state of their own.
 _MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
@@ -102,6 +103,8 @@ class StateTracker:
         self._snapshot: _Snapshot | None = None
         self._weights = b""
         self._hashed_marks: object = None  # of the weights that were hashed
+        self._contents: Contents | None = None  # None: nothing was hashed that the state could have moved from
+        self._hashed_bytes = 0  # of inputs, since the last look
         self._has_opaque_weights = False
         self._fingerprint = b""
         self._mode: tuple[object, ...] = ()
@@ -188,6 +191,11 @@ class StateTracker:
         return self._snapshot is not None and self._snapshot.requires_grad
 
     @property
+    def whole_bytes(self) -> int:
+        """How many bytes of weights are compared at each call, all of them."""
+        return 0 if self._contents is None else self._contents.whole_bytes
+
+    @property
     def opaque(self) -> list[tuple[str, str]]:
         """Where the state last seen holds something that cannot be seen, and of what type."""
         return self._snapshot.opaque if self._snapshot else []
@@ -211,8 +219,15 @@ class StateTracker:
         return self._snapshot is not None and self._snapshot.has_inner_hooks
 
     def marks(self) -> object:
-        """Return something that differs, under ``==``, once a weight was changed in a way that torch counts."""
-        return self._snapshot.read_marks() if self._snapshot else None
+        """Return something that differs, under ``==``, once a weight was changed in a way that torch counts.
+
+        Or in a way that the last look at the state noticed.
+        """
+        return (self._snapshot.read_marks(), self._weights) if self._snapshot else None
+
+    def note_hashed(self, n_bytes: int) -> None:
+        """Note that a call hashed so many bytes of its inputs: the next one looks at the more weights."""
+        self._hashed_bytes = n_bytes
 
     def refresh(self) -> None:
         """Hash everything at the next call, whatever the comparison says."""
@@ -246,13 +261,17 @@ class StateTracker:
         """
         if self._snapshot is None or self._current_mode() != self._mode:
             return True
-        if not self._snapshot.looks_moved():
+        if self._snapshot.looks_moved():
+            now = self._take(self._walk)
+            if not now.is_same(self._snapshot):
+                return True
+            self._snapshot = now
+            if self._contents is not None:
+                self._contents.follow(now.tensors)
+        if self._contents is None:
             return False
-        now = self._take(self._walk)
-        if not now.is_same(self._snapshot):
-            return True
-        self._snapshot = now
-        return False
+        hashed_bytes, self._hashed_bytes = self._hashed_bytes, 0
+        return self._contents.have_moved(hashed_bytes)
 
     def describe(self) -> Parts:
         """Return the parts of the fingerprint by name, each with its digest, from a new look at everything."""
@@ -277,11 +296,16 @@ class StateTracker:
 
     def _look_again(self) -> bytes:
         started = time.monotonic()
-        self._snapshot, self._mode = self._take(self._walk), self._current_mode()
+        snapshot, self._mode = self._take(self._walk), self._current_mode()
         if self._restless >= _RESTLESS_CALLS and not self._force:
+            self._snapshot, self._contents = snapshot, None
             self._fingerprint = b""
             return b""
-        if self._force or self._snapshot.seen_weights() != self._hashed_marks:
+        contents = self._contents if snapshot.seen_weights() == self._hashed_marks else None
+        if contents is not None:
+            contents.follow(snapshot.tensors)
+        self._snapshot = snapshot
+        if self._force or contents is None or contents.have_moved():
             self._hash_weights()
         self._force = False
         self._look_seconds = time.monotonic() - started
@@ -301,7 +325,9 @@ class StateTracker:
 
     def _hash_weights(self) -> None:
         assert self._snapshot is not None
-        digests = [encode_tensor(tensor) for tensor in self._snapshot.tensors]
+        tensors = self._snapshot.tensors
+        self._contents = Contents(tensors)
+        digests = list(map(encode_tensor, tensors, self._contents.leaves_of_values(tensors)))
         self._has_opaque_weights = None in digests
         self._weights = digest_parts(digest or b"" for digest in digests)
         self._hashed_marks = self._snapshot.seen_weights()

@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 from xxhash import xxh3_128_digest
 
-from torchcache.keys.digest import DIGEST_BYTES, LEAF_BYTES, digest_bytes
+from torchcache.keys.digest import LEAF_BYTES, digest_bytes, digest_of_leaves
 
 #: A tensor that is not in host memory is read in pieces of this size, a multiple of a leaf. The temporaries
 #: of a piece take at most 3.25 times its size, all on the tensor's device.
@@ -147,8 +147,7 @@ def _digest_on_device(view: torch.Tensor, piece_bytes: int = _PIECE_BYTES) -> by
     leaves = [_digest_leaves(view[i : min(i + piece_bytes, full)]) for i in range(0, full, piece_bytes)]
     if full < n:
         leaves.append(xxh3_128_digest(view[full:].cpu().numpy().data))
-    joined = b"".join(leaves)
-    return joined if len(joined) == DIGEST_BYTES else xxh3_128_digest(joined)
+    return digest_of_leaves(b"".join(leaves))
 
 
 def _digest_leaves(leaves: torch.Tensor) -> bytes:

@@ -41,7 +41,7 @@ import torch
 import torchcache.keys.registered  # noqa: F401 - what it registers is found from here
 from torchcache.keys.attributes import adds_attributes_only, attributes_of
 from torchcache.keys.code import StandIn, fingerprint_code, is_bound_to_object, is_own_class, unwrap, walk_code
-from torchcache.keys.digest import digest_bytes, digest_parts
+from torchcache.keys.digest import digest_bytes, digest_of_leaves, digest_parts
 from torchcache.keys.plain import attributes_of_member, encode_plain, type_name
 from torchcache.keys.registry import Encode, Registration, count_registered, find_part, find_registration
 from torchcache.keys.tensor_digest import digest_tensor
@@ -761,10 +761,14 @@ _NOTES_OF_MASKED_ARRAYS = frozenset({
 # -- tensors, arrays and generators by value ---------------------------------------------------------------------
 
 
-def encode_tensor(tensor: torch.Tensor) -> bytes | None:
+def encode_tensor(tensor: torch.Tensor, leaves: bytes | None = None) -> bytes | None:
     """Return dtype, shape and content digest of a tensor on any device; None for one without bytes that can be seen.
 
     What a class derived from Tensor adds as attributes is left to the caller.
+
+    Args:
+        tensor: The tensor.
+        leaves: The digests of the leaves of its values, where they are known.
     """
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         inner = inner_tensors(tensor)
@@ -775,7 +779,7 @@ def encode_tensor(tensor: torch.Tensor) -> bytes | None:
             return None  # its class decides what its values are
         with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - torch documents it for subclasses
             tensor = tensor.as_subclass(torch.Tensor)
-    content = digest_tensor(tensor)
+    content = digest_tensor(tensor) if leaves is None else digest_of_leaves(leaves)
     form = f"{tensor.dtype} {tuple(tensor.shape)} {tensor.layout}".encode()
     return None if content is None else digest_parts([form, content])
 
