@@ -89,9 +89,6 @@ class Values:
     def digest(self, position: int) -> bytes:
         return digest_bytes(encode_plain(self.values[position]) or b"")
 
-    def row(self, position: int) -> Sequence[Any]:
-        return self.values[position : position + 1]
-
     def select(self, positions: Sequence[int], extra: Sequence[Any] | None, *, is_range: bool) -> Sequence[Any]:  # noqa: ARG002
         rows = [*(self.values[position] for position in positions), *(extra or ())]
         return rows if isinstance(self.values, list) else tuple(rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,8 @@ from torchcache.options import CacheOptions
 from torchcache.outputs import unsupported_leaf
 from torchcache.own_keys import keys_in_force
 from torchcache.padding import PaddedResults, follow_length
-from torchcache.recheck import Verdicts, Witness, largest_row, row_distance, tolerance
+from torchcache.recheck import FewRows, Verdicts, Witness, extreme_rows, row_distance, tolerance
+from torchcache.results import Results
 from torchcache.samples import Batch, PaddedBatch
 from torchcache.storage.contract import Verdict
 from torchcache.structure import Tree
@@ -104,7 +106,7 @@ class Computer:
             try:
                 joined = self.flights.claim(flight, call.rows_at(wanted), joins=joins)
                 own = [p for i, p in enumerate(wanted) if i not in joined]
-                if self.flights.landings != call.landings and self._options().looks_up:
+                if self.flights.landings != call.landings and self._options().looks_up and not call.is_unchecked:
                     landed, own = self._tiers.fetch("memory", call, own)
                     computed += landed
                 outcome = self._forward_rows(call, own, doubted, found) if own or doubted else _NOTHING
@@ -168,24 +170,25 @@ class Computer:
         # Code that the walk does not see may talk to other ranks, and they forward all rows of a call. So does the
         # first computed call of a namespace in a job, until one shows that it is computed alone.
         is_trial = bool(talks_before) and not self._verdicts.is_alone(call.namespace)
-        witness = self._find_witness(call, found) if own and self._options().check_rows and not is_trial else None
-        doubted = [] if is_trial else doubted
-        positions = [*range(call.batch.n)] if is_trial else [*own, *doubted]
-        if witness is not None and witness.row is None:
-            positions += witness.cached.positions
-        is_as_given = witness is None and (is_trial or len(positions) == call.batch.n == n)
+        # Until rows are known to be their own, equal ones may come out different.
+        is_whole = is_trial or call.is_unchecked
+        is_known = self.knows_rows(call)
+        witness = self._find_witness(call) if own and self._options().check_rows and not is_trial else None
+        doubted = [] if is_whole else doubted
+        positions = [*range(call.batch.n)] if is_whole else [*own, *doubted]
+        is_as_given = witness is None and (is_whole or len(positions) == call.batch.n == n)
         args, kwargs, results = call.args, call.kwargs, call.batch.results
         failure: Exception | None = None
         changed = ""
         output: object = None
         try:
             if not is_as_given:
-                args, kwargs, results = call.batch.select(positions, None if witness is None else witness.row)
+                args, kwargs, results = call.batch.select(positions, None if witness is None else witness.rows)
             keys = call.keys
             if keys is not None and not is_as_given:
                 keys = [keys[p] for p in positions]
-                if witness is not None and witness.row is not None:
-                    keys.append(witness.key or b"")
+                if witness is not None:
+                    keys += witness.keys or ()
             watch = InputWatch(call.batch, args, kwargs)
             with torch.no_grad(), keys_in_force(keys):
                 output = call.function(*args, **kwargs)
@@ -214,7 +217,7 @@ class Computer:
                 return _Answer(self.go_around(following, call))
             results = following
         try:
-            total = call.batch.n if is_trial else n + len(doubted) + (witness is not None)
+            total = len(positions) + (0 if witness is None else len(witness.cached))
             parts, overflowed = results.take_apart(tree, total, self._options().cache_dtype, self._tiers.known)
         except (MemoryError, torch.OutOfMemoryError):
             return self._give_back("out_of_memory", call, output if is_as_given else None)
@@ -236,8 +239,17 @@ class Computer:
         is_settled = effect is None and not self._identity.has_moved()
         leaves = [leaf for leaf in tree.leaves if isinstance(leaf, torch.Tensor)]
         tensors = [*call.batch.tensors, *self._identity.parameters(), *leaves]
-        if witness is not None and is_settled and not self._agrees(call, witness, total - 1, parts, tensors):
-            return _Answer(self.go_around("rows_depend_on_batch", call))
+        computed = _at_positions(_rows_at(parts, own if is_whole and n < call.batch.n else range(n)), own)
+        if is_settled and own and not (is_known and witness is None):
+            apart = [
+                self._distance(call, cached, len(positions) + i, parts)
+                for i, cached in enumerate(() if witness is None else witness.cached)
+            ]
+            few = None if is_known else FewRows.of_batch(computed, results, self._tiers.known)
+            if few is not None:
+                apart.append(self._distance_of_few(call, few, total, results))
+            if not self._agree(call, apart, tensors):
+                return self._give_back("rows_depend_on_batch", call, output if is_as_given else None)
         self._notices.counters.add(misses=n)
         if overflowed:
             self._notices.counters.add(overflowed_values=overflowed)
@@ -245,7 +257,6 @@ class Computer:
         found_again: list[Found] = []
         if is_settled and doubted:
             found_again = self._verify(call, {p: n + i for i, p in enumerate(doubted)}, found, parts, tensors)
-        computed = _at_positions(_rows_at(parts, own if is_trial and n < total else range(n)), own)
         rows = [Rows([call.digests[p] for p in item.positions], item.layout, item.data) for item in computed]
         reason = effect or self._reason_to_drop(call, rows, total, is_settled=is_settled)
         if reason:
@@ -258,7 +269,7 @@ class Computer:
                     self._tiers.keep(call, item)
                 else:
                     self._tiers.replace(call, item)
-        if own and is_settled:
+        if own and is_settled and not is_known and witness is None:
             # Also where a plain value may be the batch size: one row more settles that.
             self._leave_witness(call, computed[0])
         is_whole = is_as_given and results.returns_as_given
@@ -391,6 +402,7 @@ class Computer:
             self._verdicts.note_single(call.namespace)
             return self._give_back("one_sample_at_a_time", call, result)
         if self._verdicts.of(call.namespace) is Verdict.INDEPENDENT:
+            self._verdicts.note(call.namespace, Verdict.INDEPENDENT)  # the witness is not to be tried again
             self._notices.fault(
                 "other_batch_failed", f"a call failed with some of its rows, not with all ({failure!r})"
             )
@@ -402,6 +414,8 @@ class Computer:
         """Say why computed rows must not be kept, or None."""
         if not is_settled:
             return "state_moved"
+        if n_forwarded > 1 and not self.knows_rows(call):
+            return "rows_not_checked"
         layout = rows[0].layout if rows else None
         numbers = call.batch.results.plain_numbers(layout, self._tiers.known) if layout and layout.structure else ()
         if layout and numbers:
@@ -415,47 +429,86 @@ class Computer:
                 return "plain_value_may_be_batch_size"
         return None
 
-    def _find_witness(self, call: CachedCall, found: Sequence[Found]) -> Witness | None:
-        """Return a cached row with which this batch can be checked, if it is still to be checked."""
-        if not call.batch.is_divisible or self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
-            return None
-        if call.batch.n == 1 and self._verdicts.is_single(call.namespace):
+    def _find_witness(self, call: CachedCall) -> Witness | None:
+        """Return the row with which this batch can be checked, if it is still to be checked."""
+        if not call.batch.is_divisible or (call.batch.n == 1 and self._verdicts.is_single(call.namespace)):
             return None
         witness = self._verdicts.witness(call.namespace)
-        has_key = witness is not None and witness.key is not None
-        if witness is not None and witness.marks == self._identity.marks() and (has_key or call.keys is None):
-            return witness
-        if found and not self._options().persistent_module_hash:
-            item = found[0]
-            return Witness(None, Found(item.positions[:1], item.layout, item.data[:1]))
-        return None
+        if witness is None or witness.marks != self._identity.marks():
+            return None
+        has_others = any(digest not in witness.digests for digest in call.digests)
+        return witness if has_others and (witness.keys is not None or call.keys is None) else None
 
     def _leave_witness(self, call: CachedCall, rows: Found) -> None:
-        if not self._options().check_rows or not call.batch.is_divisible:
-            return
-        if self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
-            return
-        witness, marks = self._verdicts.witness(call.namespace), self._identity.marks()
-        if witness is None or witness.marks != marks:
-            row = largest_row(rows.data, rows.layout, call.batch.results, self._tiers.known)
-            position = rows.positions[row]
-            cached = Found([position], rows.layout, rows.data[row : row + 1].copy())
-            key = None if call.keys is None else call.keys[position]
-            self._verdicts.leave(call.namespace, Witness(call.batch.row(position), cached, marks, key))
+        picked = extreme_rows(rows.data, rows.layout, call.batch.results, self._tiers.known)
+        if isinstance(call.batch, PaddedBatch):
+            picked = picked[:1]  # each row has a length of its own
+        positions = [rows.positions[i] for i in picked]
+        witness = Witness(
+            rows=call.batch.rows(positions),
+            digests=call.rows_at(positions),
+            cached=[Found([rows.positions[i]], rows.layout, rows.data[i : i + 1].copy()) for i in picked],
+            marks=self._identity.marks(),
+            keys=None if call.keys is None else [call.keys[p] for p in positions],
+        )
+        self._verdicts.leave(call.namespace, witness)
 
-    def _agrees(
-        self, call: CachedCall, witness: Witness, row: int, parts: Sequence[Found], tensors: Sequence[torch.Tensor]
-    ) -> bool:
-        """Compare the witness with what was computed at ``row``, and remember the verdict."""
-        allowed = tolerance(tensors, self._options().cache_dtype)
-        apart = self._distance(call, witness.cached, row, parts)
-        if apart is not None and apart > allowed:
+    def _distance_of_few(self, call: CachedCall, few: FewRows, total: int, results: Results) -> float | None:
+        """Compute a few rows once more by themselves; return how far the furthest of them is apart.
+
+        Args:
+            call: The call.
+            few: The rows.
+            total: How many rows they were computed with first.
+            results: The form of its results.
+
+        Returns:
+            None if nothing can be said: the module takes no small batch, or all is zero.
+        """
+        talks_before = collectives_done()
+        draws = Draws([*self._identity.generators(), *call.batch.generators])
+        for positions in few.batches(total):
+            try:
+                args, kwargs, form = call.batch.select(positions)
+                with torch.no_grad(), keys_in_force(None if call.keys is None else [call.keys[p] for p in positions]):
+                    tree = form.flatten(call.function(*args, **kwargs))
+            except Exception:  # noqa: BLE001, S112 - whatever a foreign forward raises for a small batch
+                continue
+            if draws.are_there() or collectives_done() != talks_before or self._identity.has_moved():
+                return None
+            if unsupported_leaf(tree) is not None:
+                return math.inf  # there was none before
+            if isinstance(form, PaddedResults):
+                form = form.following(_followed_in(results))
+            try:
+                parts, _ = form.take_apart(tree, len(positions), self._options().cache_dtype, self._tiers.known)
+            except MemoryError:
+                return None
+            except Exception:  # noqa: BLE001 - a padded result of another form fails anywhere
+                return math.inf  # there was a row per sample before
+            apart = [
+                self._distance(call, few.values[position], row, parts, few.beside(position))
+                for row, position in enumerate(positions)
+            ]
+            return max((distance for distance in apart if distance is not None), default=None)
+        return None
+
+    def _agree(self, call: CachedCall, apart: Sequence[float | None], tensors: Sequence[torch.Tensor]) -> bool:
+        """Tell whether rows that were computed a second time came back as they were, and remember the verdict.
+
+        Args:
+            call: The call.
+            apart: How far each comparison found them apart; None where it proves nothing.
+            tensors: What took part.
+        """
+        said = [distance for distance in apart if distance is not None]
+        if said and max(said) > tolerance(tensors, self._options().cache_dtype):
             self._condemn(call)
             return False
-        if apart is None:
-            self._verdicts.note_vacuous(call.namespace)  # another batch may tell
-        else:
+        if said:
             self._judge(call, Verdict.INDEPENDENT)
+        elif apart:
+            self._verdicts.note_vacuous(call.namespace)  # another batch may tell
         return True
 
     def _condemn(self, call: CachedCall) -> None:
@@ -464,16 +517,27 @@ class Computer:
         self._judge(call, Verdict.DEPENDENT)
 
     def _judge(self, call: CachedCall, verdict: Verdict) -> None:
+        is_news = self._verdicts.of(call.namespace) is not verdict
         self._verdicts.note(call.namespace, verdict)
-        if call.sink is not None:
+        if is_news and call.sink is not None:
             self._tiers.do(call.sink, partial(call.sink.judge, call.namespace, verdict))
 
-    def _distance(self, call: CachedCall, cached: Found, row: int, parts: Sequence[Found]) -> float | None:
-        """Return how far a cached value and what was computed at ``row`` are apart."""
+    def _distance(
+        self,
+        call: CachedCall,
+        cached: Found,
+        row: int,
+        parts: Sequence[Found],
+        beside: Found | None = None,
+        *,
+        is_picked: bool = True,
+    ) -> float | None:
+        """Return how far a known value and what was computed at ``row`` are apart; see ``row_distance``."""
         part = next(item for item in parts if row in item.positions)
         i = list(part.positions).index(row)
         computed = Found([row], part.layout, part.data[i : i + 1])
-        return row_distance(cached, computed, part.data, call.batch.results, self._tiers.known)
+        how = call.batch.results, self._tiers.known
+        return row_distance(cached, computed, beside or part, *how, is_picked=is_picked)
 
     def _verify(
         self,
@@ -499,7 +563,7 @@ class Computer:
         }
         self._notices.counters.add(verified_rows=len(again))
         for position, row in again.items():
-            apart = self._distance(call, cached[position], row, parts)
+            apart = self._distance(call, cached[position], row, parts, is_picked=False)
             if apart is None or apart <= allowed:
                 continue
             digest = call.digests[position]
@@ -527,6 +591,12 @@ class Computer:
         parameters = self._identity.parameters()
         return parameters[0].device if parameters else batch.first_device
 
+    def knows_rows(self, call: CachedCall) -> bool:
+        """Tell whether it was found out if rows of a call depend on their batch, or is not to be."""
+        if not self._options().check_rows or not call.batch.is_divisible:
+            return True
+        return self._verdicts.of(call.namespace) is not Verdict.UNKNOWN
+
     def choose(self, found: Sequence[Found]) -> list[int]:
         """Choose the hits that are computed again for ``verify_hits``."""
         share = self._options().verify_hits
@@ -536,6 +606,12 @@ class Computer:
         """Compute a call as if there were no cache, and note why."""
         self._notices.bypass(reason, call.batch.n)
         return call.function(*call.args, **call.kwargs)
+
+
+def _followed_in(results: Results) -> Sequence[Sequence[int]]:
+    assert isinstance(results, PaddedResults)
+    assert results.followed is not None
+    return results.followed
 
 
 def _rows_at(parts: Sequence[Found], rows: Sequence[int]) -> list[Found]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,33 +43,116 @@ _REDUCED_PRECISION_TOLERANCE = 0.1
 _FLIPPED_SHARE = 0.1
 _NOT_FINITE_SHARE = 0.01
 
-#: A row that is next to nothing beside the others of its batch is compared with these.
+#: A row that is next to nothing beside the others of its batch is compared with these: by a share of their norm. Of small
+#: rows that are picked to check others it is all of it, for they may be what is left of larger numbers.
 _FLOOR_SHARE = 1e-3
+_FLOOR_SHARE_OF_PICKED = 1.0
 _FLOOR_ROWS = 16
+
+#: How many rows of a batch others are picked from, and how many it takes to pick two of them, and four.
+_SAMPLE_ROWS = 16
+_LEAST_ROWS_OF_TWO = 5
+_LEAST_ROWS_OF_FOUR = 8
+
+#: How many small batches are tried.
+_MOST_BATCHES = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Witness:
-    """A sample whose value is cached, with which another batch can be checked.
+    """A sample or two whose values are known, with which another batch can be checked.
 
     Attributes:
-        row: Its rows of the tensor arguments, as ``Batch.row`` gave them; None if it is in the batch itself.
-        cached: Its value, at its position in the batch if it is in there.
-        marks: Of the weights it was computed with.
-        key: Of the user's own, if it had one.
+        rows: Their rows of the arguments, as ``Batch.rows`` returned them.
+        digests: Their own.
+        cached: Their values, one row each.
+        marks: Of the weights they were computed with.
+        keys: Of the user's own, if they had some.
     """
 
-    row: tuple[torch.Tensor, ...] | None
-    cached: Found
-    marks: object = None
-    key: bytes | None = None
+    rows: tuple[Any, ...]
+    digests: Sequence[bytes]
+    cached: Sequence[Found]
+    marks: object
+    keys: Sequence[bytes] | None
+
+
+@dataclass(frozen=True, slots=True)
+class FewRows:
+    """Rows of a batch that are computed once more by themselves, most of them as copies of one or two.
+
+    What the rows of a batch share is its size, mean, median, largest value. A batch of copies has none of that in
+    common with the one that they come from. These rows have small norms, for the largest one would bring its maximum
+    along; one that is not zero is among them where there is one.
+
+    Attributes:
+        values: What was computed first, by position; one row each.
+        sample: Rows of the first batch, beside which those computed again are compared.
+        order: The positions in the order in which they are computed again; the last one may be repeated.
+    """
+
+    values: dict[int, Found]
+    sample: list[Found]
+    order: list[int]
+
+    @classmethod
+    def of_batch(cls, computed: Sequence[Found], results: Results, known: KnownClasses) -> FewRows | None:
+        """Pick them.
+
+        Args:
+            computed: The values of a batch's rows; all rows are different.
+            results: What rows consist of.
+            known: What classes the values may have.
+
+        Returns:
+            None if there are not two rows to choose from, or nothing can be said of them.
+        """
+        places = [(item, i) for item in computed for i in range(len(item.positions))]
+        n = min(len(places), _SAMPLE_ROWS)
+        if n < 2:
+            return None
+        chosen = [places[k * (len(places) - 1) // (n - 1)] for k in range(n)]
+        sample = [Found([item.positions[i]], item.layout, item.data[i : i + 1]) for item, i in chosen]
+        try:
+            norms = [_norm_of(row, results, known) for row in sample]
+        except CorruptRecordError:
+            return None  # the call itself will say so
+        ranked = sorted(range(n), key=norms.__getitem__)
+        smallest = ranked[0]
+        order = [smallest] * 3
+        if n >= _LEAST_ROWS_OF_TWO:
+            small = ranked[min(2, (n - 1) // 3)]
+            order = [small, smallest, small, smallest, small]
+        if n >= _LEAST_ROWS_OF_FOUR:
+            order = [ranked[n * 3 // 8], *order, ranked[n * 5 // 8]]
+        if not any(norms[i] for i in order):
+            order = [i for i in ranked if norms[i]][:1] + order
+        positions = [sample[i].positions[0] for i in order]
+        values = {position: sample[i] for position, i in zip(positions, order, strict=True)}
+        return cls(values, sample, positions)
+
+    def batches(self, n: int) -> Iterator[list[int]]:
+        """Yield batches to compute them in: of two sizes other than ``n``, one of them even."""
+        batch = self.order
+        for _ in range(_MOST_BATCHES):
+            if len(batch) == n:
+                batch = [*batch, batch[-1]]
+            yield batch
+            batch = [*batch, batch[-1]]
+
+    def beside(self, position: int) -> Found:
+        """Return the rows of the sample that are of the same form as the one at ``position``."""
+        layout = self.values[position].layout
+        alike = [row.data for row in self.sample if row.layout == layout]
+        return Found(range(len(alike)), layout, np.concatenate(alike))
 
 
 class Verdicts:
     """What is known of namespaces: whether their rows depend on their batch, and a witness to find out.
 
-    The first computed batch of a namespace leaves its first row as a witness, which the second one carries at its
-    end: a row that depends on those before it, or on all, comes back changed.
+    A few rows of the first computed batch of a namespace are computed once more by themselves. The batch also leaves
+    its smallest and its largest row as a witness, which the second one carries at its end: a row that depends on those
+    before it, or on all, comes back changed.
     """
 
     def __init__(self) -> None:
@@ -89,9 +173,13 @@ class Verdicts:
             return self._verdicts.get(namespace, Verdict.UNKNOWN)
 
     def note(self, namespace: bytes, verdict: Verdict | None) -> None:
-        """Remember a verdict, or with None that there will be none. One that says dependent stays."""
+        """Remember a verdict, or with None that there will be none, and forget the witness.
+
+        One that says dependent stays, and None does not replace any.
+        """
         with self._lock.raw:
-            if self._verdicts.get(namespace) is not Verdict.DEPENDENT:
+            before = self._verdicts.get(namespace)
+            if before is None or (before is not Verdict.DEPENDENT and verdict is not None):
                 self._verdicts[namespace] = verdict
             while len(self._verdicts) > _MOST_NAMESPACES:
                 self._verdicts.popitem(last=False)
@@ -214,47 +302,74 @@ def tolerance(tensors: Iterable[torch.Tensor], cache_dtype: torch.dtype | None) 
     return widest
 
 
-def largest_row(rows: Bytes2D, layout: Layout, results: Results, known: KnownClasses) -> int:
-    """Return which of the first rows has the largest norm: one of zeros would prove nothing."""
-    some = rows[:_FLOOR_ROWS]
+def extreme_rows(rows: Bytes2D, layout: Layout, results: Results, known: KnownClasses) -> list[int]:
+    """Return which of the first rows have the largest norm and the smallest: one of zeros alone would prove nothing."""
+    some = rows[:_SAMPLE_ROWS]
     try:
         leaves = results.leaves(layout, some.copy(), known)
     except CorruptRecordError:
-        return 0
-    norms = sum(_numbers(leaf).reshape(len(some), -1).nan_to_num(0.0, 0.0, 0.0).norm(dim=1) for leaf in leaves)
-    return int(torch.as_tensor(norms).argmax())
+        return [0]
+    norms = torch.as_tensor(sum(map(_norms, leaves)))
+    return list(dict.fromkeys([int(norms.argmax()), int(norms.argmin())]))
 
 
-def row_distance(cached: Found, computed: Found, batch: Bytes2D, results: Results, known: KnownClasses) -> float | None:
+def row_distance(
+    cached: Found,
+    computed: Found,
+    beside: Found,
+    results: Results,
+    known: KnownClasses,
+    *,
+    is_picked: bool = True,
+) -> float | None:
     """Return how far two values of one row are apart, as a share of their norm.
 
     Args:
         cached: One row as it is cached.
         computed: The row computed again.
-        batch: What was computed with it and has its layout, one row a sample.
+        beside: Rows of its batch; these are of the same form.
         results: What rows consist of.
         known: What classes the values may have.
+        is_picked: The row was picked to check the batch, and not one of those that are checked.
 
     Returns:
         The largest share over the leaves; infinity where the form differs; None where nothing can be said: all
         numbers are zero, or none is finite.
     """
-    layout = computed.layout
-    if not are_alike(cached.layout, layout):
+    if not are_alike(cached.layout, computed.layout):
         return math.inf
-    stored = cached.data if isinstance(cached.data, np.ndarray) else cached.data.cpu().numpy()
+    some = Found(beside.positions, beside.layout, beside.data[:_FLOOR_ROWS])
     try:
-        a, b, rows = (
-            results.leaves(form, data.copy(), known)
-            for form, data in ((cached.layout, stored), (layout, computed.data), (layout, batch[:_FLOOR_ROWS]))
-        )
+        a, b, rows = (_leaves_of(item, results, known) for item in (cached, computed, some))
     except CorruptRecordError:
         return None  # the call itself will say so
-    distances = [_leaf_distance(*leaves) for leaves in zip(a, b, rows, strict=True)]
+    share = _FLOOR_SHARE_OF_PICKED if is_picked else _FLOOR_SHARE
+    distances = [_leaf_distance(*leaves, share) for leaves in zip(a, b, rows, strict=True)]
     return max((distance for distance in distances if distance is not None), default=None)
 
 
-def _leaf_distance(cached: torch.Tensor, computed: torch.Tensor, batch: torch.Tensor) -> float | None:
+def _leaves_of(item: Found, results: Results, known: KnownClasses) -> list[torch.Tensor]:
+    """Return what rows consist of as tensors of their own."""
+    data = item.data if isinstance(item.data, np.ndarray) else item.data.cpu().numpy()
+    return results.leaves(item.layout, data.copy(), known)
+
+
+def _norm_of(row: Found, results: Results, known: KnownClasses) -> float:
+    """Return the norm of one row, as that of its mean number: padded rows have several lengths."""
+    norms = [_norms(leaf) / math.sqrt(leaf.numel()) for leaf in _leaves_of(row, results, known) if leaf.numel()]
+    return float(sum(norms))
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return the norm of each row, of the numbers that are finite."""
+    finite = _numbers(rows).reshape(len(rows), -1).nan_to_num(0.0, 0.0, 0.0)
+    norms: torch.Tensor = torch.linalg.vector_norm(finite, dim=1)
+    return norms
+
+
+def _leaf_distance(
+    cached: torch.Tensor, computed: torch.Tensor, batch: torch.Tensor, floor_share: float
+) -> float | None:
     """Return the norm of the difference of two rows over that of the larger one.
 
     It is 0 for integers of which next to none differ, infinity where too many numbers are finite on one side
@@ -271,8 +386,7 @@ def _leaf_distance(cached: torch.Tensor, computed: torch.Tensor, batch: torch.Te
         return math.inf
     both = a.isfinite() & b.isfinite()
     a, b = a[both], b[both]
-    rows = _numbers(batch).reshape(len(batch), -1).nan_to_num(0.0, 0.0, 0.0)
-    scale = max(float(a.norm()), float(b.norm()), _FLOOR_SHARE * float(rows.norm(dim=1).median()))
+    scale = max(float(a.norm()), float(b.norm()), floor_share * float(_norms(batch).median()))
     return float((a - b).norm()) / scale if scale else None
 
 

@@ -392,9 +392,9 @@ class Batch:
         """Return the digest of one sample's inputs."""
         return digest_parts([leaf.digest(position) for leaf in self._leaves])
 
-    def row(self, position: int) -> tuple[Any, ...]:
-        """Return copies of one sample's rows, each a batch of one, as ``select`` takes them."""
-        return tuple(leaf.row(position) for leaf in self._leaves)
+    def rows(self, positions: Sequence[int]) -> tuple[Any, ...]:
+        """Return copies of some samples' rows, as ``select`` takes them; of a padded batch, those of one sample."""
+        return tuple(leaf.select(positions, None, is_range=False) for leaf in self._leaves)
 
     def select(
         self, positions: Sequence[int], extra: tuple[Any, ...] | None = None
@@ -405,7 +405,7 @@ class Batch:
 
         Args:
             positions: In the order wanted.
-            extra: What ``row`` returned for another call of the same signature: one sample more, at the end.
+            extra: What ``rows`` returned for another call of the same signature: more samples, at the end.
         """
         first, last = positions[0], positions[-1]
         is_range = last - first == len(positions) - 1 and all(p == first + i for i, p in enumerate(positions))

@@ -47,6 +47,7 @@ class CachedCall:
     digests: list[bytes] = field(default_factory=list)
     keys: Sequence[bytes] | None = None  # of the user's own
     landings: int = 0  # of other threads' flights, before the tiers were asked
+    is_unchecked: bool = False  # it is not known whether rows depend on their batch
 
     def rows_at(self, positions: Sequence[int]) -> list[bytes]:
         """Return the digests of the samples at ``positions``."""
@@ -142,6 +143,15 @@ class Tiers:
             [Found([positions[p] for p in item.positions], item.layout, item.data) for item in found],
             [positions[p] for p in missing],
         )
+
+    def learn_verdict(self, call: CachedCall) -> None:
+        """Ask the disk whether rows of a call's namespace depend on their batch."""
+        if call.source is None:
+            return
+        try:
+            self._fetch_from_store(call, [])
+        except Exception as error:  # noqa: BLE001 - no fault of a tier leaves a cached call
+            self._notices.error(error, 0)
 
     def _fetch_from_store(self, call: CachedCall, digests: Sequence[bytes]) -> tuple[list[Found], list[int]]:
         namespace, sink = call.namespace, call.sink
