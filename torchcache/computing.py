@@ -25,7 +25,7 @@ from torchcache.options import CacheOptions
 from torchcache.outputs import unsupported_leaf
 from torchcache.own_keys import keys_in_force
 from torchcache.padding import PaddedResults, follow_length
-from torchcache.recheck import FewRows, Verdicts, Witness, extreme_rows, row_distance, tolerance
+from torchcache.recheck import FewRows, Verdicts, Witness, row_distance, tolerance
 from torchcache.results import Results
 from torchcache.samples import Batch, PaddedBatch
 from torchcache.storage.contract import Verdict
@@ -188,7 +188,7 @@ class Computer:
             if keys is not None and not is_as_given:
                 keys = [keys[p] for p in positions]
                 if witness is not None:
-                    keys += witness.keys or ()
+                    keys += [witness.key or b""] * witness.n
             watch = InputWatch(call.batch, args, kwargs)
             with torch.no_grad(), keys_in_force(keys):
                 output = call.function(*args, **kwargs)
@@ -217,7 +217,7 @@ class Computer:
                 return _Answer(self.go_around(following, call))
             results = following
         try:
-            total = len(positions) + (0 if witness is None else len(witness.cached))
+            total = len(positions) + (0 if witness is None else witness.n)
             parts, overflowed = results.take_apart(tree, total, self._options().cache_dtype, self._tiers.known)
         except (MemoryError, torch.OutOfMemoryError):
             return self._give_back("out_of_memory", call, output if is_as_given else None)
@@ -240,12 +240,14 @@ class Computer:
         leaves = [leaf for leaf in tree.leaves if isinstance(leaf, torch.Tensor)]
         tensors = [*call.batch.tensors, *self._identity.parameters(), *leaves]
         computed = _at_positions(_rows_at(parts, own if is_whole and n < call.batch.n else range(n)), own)
+        few: FewRows | None = None
         if is_settled and own and not (is_known and witness is None):
             apart = [
-                self._distance(call, cached, len(positions) + i, parts)
-                for i, cached in enumerate(() if witness is None else witness.cached)
+                self._distance(call, witness.cached, row, parts)
+                for row in range(len(positions), total)
+                if witness is not None
             ]
-            few = None if is_known else FewRows.of_batch(computed, results, self._tiers.known)
+            few = None if is_known else FewRows.of_batch(computed, call.batch, results, self._tiers.known)
             if few is not None:
                 apart.append(self._distance_of_few(call, few, total, results))
             if not self._agree(call, apart, tensors):
@@ -271,7 +273,7 @@ class Computer:
                     self._tiers.replace(call, item)
         if own and is_settled and not is_known and witness is None:
             # Also where a plain value may be the batch size: one row more settles that.
-            self._leave_witness(call, computed[0])
+            self._leave_witness(call, computed, few, total)
         is_whole = is_as_given and results.returns_as_given
         whole = _Answer(results.rounded(tree, self._options().cache_dtype)) if is_whole else None
         if not reason and whole is None:
@@ -436,20 +438,23 @@ class Computer:
         witness = self._verdicts.witness(call.namespace)
         if witness is None or witness.marks != self._identity.marks():
             return None
-        has_others = any(digest not in witness.digests for digest in call.digests)
-        return witness if has_others and (witness.keys is not None or call.keys is None) else None
+        has_others = any(digest != witness.digest for digest in call.digests)
+        return witness if has_others and (witness.key is not None or call.keys is None) else None
 
-    def _leave_witness(self, call: CachedCall, rows: Found) -> None:
-        picked = extreme_rows(rows.data, rows.layout, call.batch.results, self._tiers.known)
-        if isinstance(call.batch, PaddedBatch):
-            picked = picked[:1]  # each row has a length of its own
-        positions = [rows.positions[i] for i in picked]
+    def _leave_witness(self, call: CachedCall, computed: Sequence[Found], few: FewRows | None, total: int) -> None:
+        """Leave a row of the first computed batch, which had ``total`` of them, to be computed with the next one."""
+        position = computed[0].positions[0] if few is None else few.witness
+        item = next(item for item in computed if position in item.positions)
+        i = list(item.positions).index(position)
+        # Each row of a padded batch has a length of its own, and one length can be added to a batch.
+        n = 1 if isinstance(call.batch, PaddedBatch) else FewRows.witnesses(total)
         witness = Witness(
-            rows=call.batch.rows(positions),
-            digests=call.rows_at(positions),
-            cached=[Found([rows.positions[i]], rows.layout, rows.data[i : i + 1].copy()) for i in picked],
+            rows=call.batch.rows([position] * n),
+            n=n,
+            digest=call.digests[position],
+            cached=Found([position], item.layout, item.data[i : i + 1].copy()),
             marks=self._identity.marks(),
-            keys=None if call.keys is None else [call.keys[p] for p in positions],
+            key=None if call.keys is None else call.keys[position],
         )
         self._verdicts.leave(call.namespace, witness)
 

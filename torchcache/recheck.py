@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from torchcache.errors import CorruptRecordError
-from torchcache.layout import Bytes2D, Found, Layout
+from torchcache.layout import Found
 from torchcache.outputs import are_alike
 from torchcache.process import ForkLock
 from torchcache.results import Results
+from torchcache.samples import Batch
 from torchcache.storage.contract import Verdict
 from torchcache.structure import KnownClasses
 
@@ -43,38 +44,42 @@ _REDUCED_PRECISION_TOLERANCE = 0.1
 _FLIPPED_SHARE = 0.1
 _NOT_FINITE_SHARE = 0.01
 
-#: A row that is next to nothing beside the others of its batch is compared with these: by a share of their norm. Of small
-#: rows that are picked to check others it is all of it, for they may be what is left of larger numbers.
+#: A row that is next to nothing beside the others of its batch is compared with these: by a share of their norm. For
+#: rows that are picked to check others it is all of it: small ones may be what is left of larger numbers.
 _FLOOR_SHARE = 1e-3
 _FLOOR_SHARE_OF_PICKED = 1.0
 _FLOOR_ROWS = 16
 
-#: How many rows of a batch others are picked from, and how many it takes to pick two of them, and four.
+#: How many rows of a batch others are picked from, and how many it takes to pick more than one.
 _SAMPLE_ROWS = 16
-_LEAST_ROWS_OF_TWO = 5
-_LEAST_ROWS_OF_FOUR = 8
+_LEAST_ROWS_OF_SEVERAL = 8
 
 #: How many small batches are tried.
 _MOST_BATCHES = 2
 
+#: To a batch of up to this many rows one says little: the witness of so few is copied until copies are the most.
+_LONE_ROWS = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Witness:
-    """A sample or two whose values are known, with which another batch can be checked.
+    """A sample whose value is known, with which another batch can be checked.
 
     Attributes:
-        rows: Their rows of the arguments, as ``Batch.rows`` returned them.
-        digests: Their own.
-        cached: Their values, one row each.
-        marks: Of the weights they were computed with.
-        keys: Of the user's own, if they had some.
+        rows: Its rows of the arguments, as ``Batch.rows`` returned them, as often as it is to be computed.
+        n: How often that is.
+        digest: Its own.
+        cached: Its value.
+        marks: Of the weights it was computed with.
+        key: Of the user's own, if it had one.
     """
 
     rows: tuple[Any, ...]
-    digests: Sequence[bytes]
-    cached: Sequence[Found]
+    n: int
+    digest: bytes
+    cached: Found
     marks: object
-    keys: Sequence[bytes] | None
+    key: bytes | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,25 +87,30 @@ class FewRows:
     """Rows of a batch that are computed once more by themselves, most of them as copies of one or two.
 
     What the rows of a batch share is its size, mean, median, largest value. A batch of copies has none of that in
-    common with the one that they come from. These rows have small norms, for the largest one would bring its maximum
-    along; one that is not zero is among them where there is one.
+    common with the one that they come from, unless the row that has the largest value is among them. So that one is
+    left out, and of the others those with small results are taken: what is dropped from a large batch would not be from
+    one of its like. One that is not zero is among them where there is one.
 
     Attributes:
         values: What was computed first, by position; one row each.
         sample: Rows of the first batch, beside which those computed again are compared.
         order: The positions in the order in which they are computed again; the last one may be repeated.
+        witness: The position of the row to compute with the next batch: the largest, or the smallest if it is the one
+            that was left out.
     """
 
     values: dict[int, Found]
     sample: list[Found]
     order: list[int]
+    witness: int
 
     @classmethod
-    def of_batch(cls, computed: Sequence[Found], results: Results, known: KnownClasses) -> FewRows | None:
+    def of_batch(cls, computed: Sequence[Found], batch: Batch, results: Results, known: KnownClasses) -> FewRows | None:
         """Pick them.
 
         Args:
             computed: The values of a batch's rows; all rows are different.
+            batch: The call.
             results: What rows consist of.
             known: What classes the values may have.
 
@@ -118,18 +128,19 @@ class FewRows:
         except CorruptRecordError:
             return None  # the call itself will say so
         ranked = sorted(range(n), key=norms.__getitem__)
-        smallest = ranked[0]
-        order = [smallest] * 3
-        if n >= _LEAST_ROWS_OF_TWO:
-            small = ranked[min(2, (n - 1) // 3)]
-            order = [small, smallest, small, smallest, small]
-        if n >= _LEAST_ROWS_OF_FOUR:
-            order = [ranked[n * 3 // 8], *order, ranked[n * 5 // 8]]
+        peaks = batch.peaks([row.positions[0] for row in sample])
+        loudest = peaks.index(max(peaks)) if peaks else -1
+        quiet = [i for i in ranked if i != loudest]
+        smallest = quiet[0]
+        order = [*quiet[1:][-1:], smallest, smallest, smallest]
+        if n >= _LEAST_ROWS_OF_SEVERAL:
+            small = quiet[2]
+            order = [quiet[n * 3 // 8], small, smallest, small, smallest, small, quiet[n * 5 // 8]]
         if not any(norms[i] for i in order):
             order = [i for i in ranked if norms[i]][:1] + order
-        positions = [sample[i].positions[0] for i in order]
-        values = {position: sample[i] for position, i in zip(positions, order, strict=True)}
-        return cls(values, sample, positions)
+        values = {sample[i].positions[0]: sample[i] for i in order}
+        witness = ranked[0] if ranked[0] == loudest else ranked[-1]
+        return cls(values, sample, [sample[i].positions[0] for i in order], sample[witness].positions[0])
 
     def batches(self, n: int) -> Iterator[list[int]]:
         """Yield batches to compute them in: of two sizes other than ``n``, one of them even."""
@@ -139,6 +150,11 @@ class FewRows:
                 batch = [*batch, batch[-1]]
             yield batch
             batch = [*batch, batch[-1]]
+
+    @staticmethod
+    def witnesses(n: int) -> int:
+        """Return how often the witness of ``n`` rows is computed with the next batch."""
+        return 1 if n > _LONE_ROWS else n + 1
 
     def beside(self, position: int) -> Found:
         """Return the rows of the sample that are of the same form as the one at ``position``."""
@@ -151,8 +167,8 @@ class Verdicts:
     """What is known of namespaces: whether their rows depend on their batch, and a witness to find out.
 
     A few rows of the first computed batch of a namespace are computed once more by themselves. The batch also leaves
-    its smallest and its largest row as a witness, which the second one carries at its end: a row that depends on those
-    before it, or on all, comes back changed.
+    one row as a witness, which the second one carries at its end: a row that depends on those before it, or on all,
+    comes back changed.
     """
 
     def __init__(self) -> None:
@@ -300,17 +316,6 @@ def tolerance(tensors: Iterable[torch.Tensor], cache_dtype: torch.dtype | None) 
         is_float8 = dtype.is_floating_point and dtype.itemsize == 1
         widest = max(widest, _FLOAT8_TOLERANCE if is_float8 else _TOLERANCES.get(dtype, 0.0))
     return widest
-
-
-def extreme_rows(rows: Bytes2D, layout: Layout, results: Results, known: KnownClasses) -> list[int]:
-    """Return which of the first rows have the largest norm and the smallest: one of zeros alone would prove nothing."""
-    some = rows[:_SAMPLE_ROWS]
-    try:
-        leaves = results.leaves(layout, some.copy(), known)
-    except CorruptRecordError:
-        return [0]
-    norms = torch.as_tensor(sum(map(_norms, leaves)))
-    return list(dict.fromkeys([int(norms.argmax()), int(norms.argmin())]))
 
 
 def row_distance(

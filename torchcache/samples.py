@@ -396,6 +396,12 @@ class Batch:
         """Return copies of some samples' rows, as ``select`` takes them; of a padded batch, those of one sample."""
         return tuple(leaf.select(positions, None, is_range=False) for leaf in self._leaves)
 
+    def peaks(self, positions: Sequence[int]) -> list[float]:
+        """Return the largest number in the floating tensors of some samples; empty if there are no such tensors."""
+        floating = [leaf for leaf in self._leaves if isinstance(leaf, Tensors) and leaf.tensor.is_floating_point()]
+        peaks = [leaf.peaks(positions) for leaf in floating if leaf.tensor.numel()]
+        return [max(numbers) for numbers in zip(*peaks, strict=True)]
+
     def select(
         self, positions: Sequence[int], extra: tuple[Any, ...] | None = None
     ) -> tuple[tuple[object, ...], dict[str, object], Results]:
