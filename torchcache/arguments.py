@@ -56,11 +56,11 @@ class Tensors:
     def row(self, position: int) -> torch.Tensor:
         return self.tensor.detach().narrow(self.batch_dim, position, 1).clone()
 
-    def peaks(self, positions: Sequence[int]) -> list[float]:
-        """Return the largest number of each of some rows."""
+    def peaks(self, positions: Sequence[int]) -> torch.Tensor:
+        """Return the largest number of each of some rows, and the largest magnitude beside it."""
         rows = self._rows(positions, is_range=False).movedim(self.batch_dim, 0)
-        peaks: list[float] = rows.reshape(len(positions), -1).double().nan_to_num().amax(1).tolist()
-        return peaks
+        numbers = rows.reshape(len(positions), -1).double().nan_to_num().cpu()
+        return torch.stack([numbers.amax(1), numbers.abs().amax(1)], 1)
 
     def select(self, positions: Sequence[int], extra: torch.Tensor | None, *, is_range: bool) -> torch.Tensor:
         """Return copies of some rows: what is written into them must not reach the caller."""

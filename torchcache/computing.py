@@ -477,7 +477,9 @@ class Computer:
                 args, kwargs, form = call.batch.select(positions)
                 with torch.no_grad(), keys_in_force(None if call.keys is None else [call.keys[p] for p in positions]):
                     tree = form.flatten(call.function(*args, **kwargs))
-            except Exception:  # noqa: BLE001, S112 - whatever a foreign forward raises for a small batch
+            except Exception as error:  # noqa: BLE001 - whatever a foreign forward raises for a small batch
+                if _is_out_of_memory(error):
+                    return None
                 continue
             if draws.are_there() or collectives_done() != talks_before or self._identity.has_moved():
                 return None

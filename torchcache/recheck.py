@@ -128,9 +128,8 @@ class FewRows:
         except CorruptRecordError:
             return None  # the call itself will say so
         ranked = sorted(range(n), key=norms.__getitem__)
-        peaks = batch.peaks([row.positions[0] for row in sample])
-        loudest = peaks.index(max(peaks)) if peaks else -1
-        quiet = [i for i in ranked if i != loudest]
+        loudest = batch.loudest([row.positions[0] for row in sample])
+        quiet = [i for i in ranked if i not in loudest] or [i for i in ranked if i != loudest[0]]
         smallest = quiet[0]
         order = [*quiet[1:][-1:], smallest, smallest, smallest]
         if n >= _LEAST_ROWS_OF_SEVERAL:
@@ -139,7 +138,7 @@ class FewRows:
         if not any(norms[i] for i in order):
             order = [i for i in ranked if norms[i]][:1] + order
         values = {sample[i].positions[0]: sample[i] for i in order}
-        witness = ranked[0] if ranked[0] == loudest else ranked[-1]
+        witness = ranked[0] if ranked[0] not in quiet else ranked[-1]
         return cls(values, sample, [sample[i].positions[0] for i in order], sample[witness].positions[0])
 
     def batches(self, n: int) -> Iterator[list[int]]:
@@ -154,7 +153,7 @@ class FewRows:
     @staticmethod
     def witnesses(n: int) -> int:
         """Return how often the witness of ``n`` rows is computed with the next batch."""
-        return 1 if n > _LONE_ROWS else n + 1
+        return n + 1 if 1 < n <= _LONE_ROWS else 1
 
     def beside(self, position: int) -> Found:
         """Return the rows of the sample that are of the same form as the one at ``position``."""

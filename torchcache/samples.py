@@ -396,11 +396,11 @@ class Batch:
         """Return copies of some samples' rows, as ``select`` takes them; of a padded batch, those of one sample."""
         return tuple(leaf.select(positions, None, is_range=False) for leaf in self._leaves)
 
-    def peaks(self, positions: Sequence[int]) -> list[float]:
-        """Return the largest number in the floating tensors of some samples; empty if there are no such tensors."""
+    def loudest(self, positions: Sequence[int]) -> list[int]:
+        """Return which of some samples have the largest number and the largest magnitude in their floating tensors."""
         floating = [leaf for leaf in self._leaves if isinstance(leaf, Tensors) and leaf.tensor.is_floating_point()]
         peaks = [leaf.peaks(positions) for leaf in floating if leaf.tensor.numel()]
-        return [max(numbers) for numbers in zip(*peaks, strict=True)]
+        return torch.stack(peaks).amax(0).argmax(0).tolist() if peaks else []
 
     def select(
         self, positions: Sequence[int], extra: tuple[Any, ...] | None = None
