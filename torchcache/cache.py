@@ -227,7 +227,7 @@ class Cache:
                 return self._go_around("sample_key_of_other_inputs", call)
             found: list[Found] = []
             missing = [*range(batch.n)]
-            call.is_unchecked = batch.n > 1 and self._is_unchecked(call)
+            call.is_unchecked = batch.n > 1 and self._is_unchecked(call) and not self._computer.are_copies(call)
             if options.looks_up and (not call.is_unchecked or options.mode == "require"):
                 found, missing = self._tiers.look_up(call)
             # The store may have brought the verdict of another process.

@@ -247,9 +247,15 @@ class Computer:
                 for row in range(len(positions), total)
                 if witness is not None
             ]
-            few = None if is_known else FewRows.of_batch(computed, call.batch, results, self._tiers.known)
+            if not is_known and total > 1:
+                few = FewRows.of_batch(computed, call.batch, results, self._tiers.known)
             if few is not None:
-                apart.append(self._distance_of_few(call, few, total, results))
+                distance = self._distance_of_few(call, few, total, results)
+                is_apart = (distance or 0.0) > tolerance(tensors, self._options().cache_dtype)
+                if is_apart or not few.are_copies:
+                    apart.append(distance)
+                elif witness is None:
+                    self._verdicts.note_repeated(call.namespace)
             if not self._agree(call, apart, tensors):
                 return self._give_back("rows_depend_on_batch", call, output if is_as_given else None)
         self._notices.counters.add(misses=n)
@@ -416,7 +422,7 @@ class Computer:
         """Say why computed rows must not be kept, or None."""
         if not is_settled:
             return "state_moved"
-        if n_forwarded > 1 and not self.knows_rows(call):
+        if n_forwarded > 1 and not self.knows_rows(call) and not self.are_copies(call):
             return "rows_not_checked"
         layout = rows[0].layout if rows else None
         numbers = call.batch.results.plain_numbers(layout, self._tiers.known) if layout and layout.structure else ()
@@ -603,6 +609,10 @@ class Computer:
         if not self._options().check_rows or not call.batch.is_divisible:
             return True
         return self._verdicts.of(call.namespace) is not Verdict.UNKNOWN
+
+    def are_copies(self, call: CachedCall) -> bool:
+        """Tell whether a call has one sample, however often, and that does not matter."""
+        return len(set(call.digests)) == 1 and self._verdicts.is_repeated(call.namespace)
 
     def choose(self, found: Sequence[Found]) -> list[int]:
         """Choose the hits that are computed again for ``verify_hits``."""

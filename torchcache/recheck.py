@@ -115,13 +115,13 @@ class FewRows:
             known: What classes the values may have.
 
         Returns:
-            None if there are not two rows to choose from, or nothing can be said of them.
+            None if nothing can be said of them.
         """
         places = [(item, i) for item in computed for i in range(len(item.positions))]
         n = min(len(places), _SAMPLE_ROWS)
-        if n < 2:
+        if not n:
             return None
-        chosen = [places[k * (len(places) - 1) // (n - 1)] for k in range(n)]
+        chosen = [places[k * (len(places) - 1) // max(1, n - 1)] for k in range(n)]
         sample = [Found([item.positions[i]], item.layout, item.data[i : i + 1]) for item, i in chosen]
         try:
             norms = [_norm_of(row, results, known) for row in sample]
@@ -129,7 +129,7 @@ class FewRows:
             return None  # the call itself will say so
         ranked = sorted(range(n), key=norms.__getitem__)
         loudest = batch.loudest([row.positions[0] for row in sample])
-        quiet = [i for i in ranked if i not in loudest] or [i for i in ranked if i != loudest[0]]
+        quiet = [i for i in ranked if i not in loudest] or [i for i in ranked if i != loudest[0]] or ranked
         smallest = quiet[0]
         order = [*quiet[1:][-1:], smallest, smallest, smallest]
         if n >= _LEAST_ROWS_OF_SEVERAL:
@@ -149,6 +149,11 @@ class FewRows:
                 batch = [*batch, batch[-1]]
             yield batch
             batch = [*batch, batch[-1]]
+
+    @property
+    def are_copies(self) -> bool:
+        """Whether there was one row to choose from: copies of it show whether their number matters, and no more."""
+        return len(self.sample) == 1
 
     @staticmethod
     def witnesses(n: int) -> int:
@@ -181,6 +186,7 @@ class Verdicts:
         self._effects: OrderedDict[bytes, tuple[int, str]] = OrderedDict()
         self._changing: OrderedDict[bytes, None] = OrderedDict()  # namespaces whose calls change their input
         self._alone: OrderedDict[bytes, None] = OrderedDict()  # namespaces that were computed without other ranks
+        self._repeated: OrderedDict[bytes, None] = OrderedDict()  # namespaces where the number of copies did not matter
 
     def of(self, namespace: bytes) -> Verdict | None:
         """Return the verdict; None if it could not be found out and is not to be tried again."""
@@ -247,6 +253,18 @@ class Verdicts:
         with self._lock.raw:
             return namespace in self._alone
 
+    def note_repeated(self, namespace: bytes) -> None:
+        """Remember that a row came back the same in two batches of copies of itself, of two sizes."""
+        with self._lock.raw:
+            self._repeated[namespace] = None
+            if len(self._repeated) > _MOST_NAMESPACES:
+                self._repeated.popitem(last=False)
+
+    def is_repeated(self, namespace: bytes) -> bool:
+        """Tell whether ``note_repeated`` was told so."""
+        with self._lock.raw:
+            return namespace in self._repeated
+
     def note_vacuous(self, namespace: bytes) -> None:
         """Remember that a comparison proved nothing; after some of these there will be no verdict."""
         with self._lock.raw:
@@ -289,6 +307,7 @@ class Verdicts:
             self._effects.clear()
             self._changing.clear()
             self._alone.clear()
+            self._repeated.clear()
             self._vacuous.clear()
 
 
@@ -342,6 +361,8 @@ def row_distance(
     """
     if not are_alike(cached.layout, computed.layout):
         return math.inf
+    if not computed.layout.nbytes:
+        return 0.0
     some = Found(beside.positions, beside.layout, beside.data[:_FLOOR_ROWS])
     try:
         a, b, rows = (_leaves_of(item, results, known) for item in (cached, computed, some))
