@@ -7,7 +7,6 @@ import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -532,8 +531,8 @@ class Computer:
     def _judge(self, call: CachedCall, verdict: Verdict) -> None:
         is_news = self._verdicts.of(call.namespace) is not verdict
         self._verdicts.note(call.namespace, verdict)
-        if is_news and call.sink is not None:
-            self._tiers.do(call.sink, partial(call.sink.judge, call.namespace, verdict))
+        if is_news:
+            self._tiers.judge(call, verdict)
 
     def _distance(
         self,

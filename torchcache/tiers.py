@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,6 +32,12 @@ from torchcache.storage.writer import (
     writer,
 )
 from torchcache.structure import KnownClasses
+
+#: The verdicts that caches of this process handed to the writer, by the path of the store and the namespace: another
+#: cache of the same store needs them before they are on disk. Guarded by _judging.
+_judged: OrderedDict[tuple[str, bytes], Verdict] = OrderedDict()
+_judging = process.ForkLock()
+_MOST_JUDGED = 4096
 
 
 @dataclass(slots=True)
@@ -144,9 +151,24 @@ class Tiers:
             [positions[p] for p in missing],
         )
 
+    def judge(self, call: CachedCall, verdict: Verdict) -> None:
+        """Hand a verdict to the writer."""
+        if call.sink is None:
+            return
+        with _judging.raw:
+            _judged[str(call.sink.path), call.namespace] = verdict
+            if len(_judged) > _MOST_JUDGED:
+                _judged.popitem(last=False)
+        self.do(call.sink, partial(call.sink.judge, call.namespace, verdict))
+
     def learn_verdict(self, call: CachedCall) -> None:
-        """Ask the disk whether rows of a call's namespace depend on their batch."""
+        """Ask the write queue and the disk whether rows of a call's namespace depend on their batch."""
         if call.source is None:
+            return
+        with _judging.raw:
+            queued = _judged.get((str(call.source.path), call.namespace))
+        if queued is not None:
+            self._verdicts.note(call.namespace, queued)
             return
         try:
             self._fetch_from_store(call, [])
