@@ -249,9 +249,11 @@ class Computer:
             if not is_known and total > 1:
                 few = FewRows.of_batch(computed, call.batch, results, self._tiers.known)
             if few is not None:
-                distance = self._distance_of_few(call, few, total, results)
-                is_apart = (distance or 0.0) > tolerance(tensors, self._options().cache_dtype)
-                if is_apart or not few.are_copies:
+                allowed = tolerance(tensors, self._options().cache_dtype)
+                distance = self._distance_of_few(call, few, total, results, allowed)
+                if distance is not None and math.isnan(distance):
+                    effect = self._note_chance(call)
+                elif not few.are_copies or (distance or 0.0) > allowed:
                     apart.append(distance)
                 elif witness is None:
                     self._verdicts.note_repeated(call.namespace)
@@ -463,7 +465,9 @@ class Computer:
         )
         self._verdicts.leave(call.namespace, witness)
 
-    def _distance_of_few(self, call: CachedCall, few: FewRows, total: int, results: Results) -> float | None:
+    def _distance_of_few(
+        self, call: CachedCall, few: FewRows, total: int, results: Results, allowed: float
+    ) -> float | None:
         """Compute a few rows once more by themselves; return how far the furthest of them is apart.
 
         Args:
@@ -471,39 +475,70 @@ class Computer:
             few: The rows.
             total: How many rows they were computed with first.
             results: The form of its results.
+            allowed: How far they may be apart.
 
         Returns:
-            None if nothing can be said: the module takes no small batch, or all is zero.
+            None if nothing can be said: the module takes no small batch, or all is zero. NaN if they do not come back
+            the same in the same batch either, so that something else than the batch shapes them.
         """
         talks_before = collectives_done()
         draws = Draws([*self._identity.generators(), *call.batch.generators])
         for positions in few.batches(total):
             try:
-                args, kwargs, form = call.batch.select(positions)
-                with torch.no_grad(), keys_in_force(None if call.keys is None else [call.keys[p] for p in positions]):
-                    tree = form.flatten(call.function(*args, **kwargs))
+                parts = self._compute_few(call, positions, results)
+                if draws.are_there() or collectives_done() != talks_before or self._identity.has_moved():
+                    return None
+                if parts is None:
+                    return math.inf
+                values = [few.values[position] for position in positions]
+                apart = self._furthest(call, few, values, parts)
+                if apart is None or apart <= allowed:
+                    return apart
+                again = self._compute_few(call, positions, results)
             except Exception as error:  # noqa: BLE001 - whatever a foreign forward raises for a small batch
                 if _is_out_of_memory(error):
                     return None
                 continue
-            if draws.are_there() or collectives_done() != talks_before or self._identity.has_moved():
-                return None
-            if unsupported_leaf(tree) is not None:
-                return math.inf  # there was none before
-            if isinstance(form, PaddedResults):
-                form = form.following(_followed_in(results))
-            try:
-                parts, _ = form.take_apart(tree, len(positions), self._options().cache_dtype, self._tiers.known)
-            except MemoryError:
-                return None
-            except Exception:  # noqa: BLE001 - a padded result of another form fails anywhere
-                return math.inf  # there was a row per sample before
-            apart = [
-                self._distance(call, few.values[position], row, parts, few.beside(position))
-                for row, position in enumerate(positions)
-            ]
-            return max((distance for distance in apart if distance is not None), default=None)
+            first = [_rows_at(parts, [row])[0] for row in range(len(positions))]
+            is_same = again is not None and (self._furthest(call, few, first, again) or 0.0) <= allowed
+            return apart if is_same else math.nan
         return None
+
+    def _compute_few(self, call: CachedCall, positions: Sequence[int], results: Results) -> list[Found] | None:
+        """Forward the rows at ``positions``, some of which are the same; return None if the result has another form."""
+        args, kwargs, form = call.batch.select(positions)
+        with torch.no_grad(), keys_in_force(None if call.keys is None else [call.keys[p] for p in positions]):
+            tree = form.flatten(call.function(*args, **kwargs))
+        if unsupported_leaf(tree) is not None:
+            return None
+        if isinstance(form, PaddedResults):
+            form = form.following(_followed_in(results))
+        try:
+            parts, _ = form.take_apart(tree, len(positions), self._options().cache_dtype, self._tiers.known)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - a padded result of another form fails anywhere
+            return None
+        return parts
+
+    def _note_chance(self, call: CachedCall) -> str | None:
+        """Note that the same rows came back different in the same batch; return what that is an effect of.
+
+        A name of the user's own vouches that it does not matter.
+        """
+        if self._options().persistent_module_hash:
+            self._verdicts.note(call.namespace, None)
+            return None
+        self._verdicts.note_effect(call.namespace, "random_numbers")
+        self._notices.bypass("random_numbers", 0)
+        return "random_numbers"
+
+    def _furthest(
+        self, call: CachedCall, few: FewRows, values: Sequence[Found], parts: Sequence[Found]
+    ) -> float | None:
+        """Return how far the furthest of a few rows is from its value."""
+        apart = [self._distance(call, value, row, parts, few.beside(value)) for row, value in enumerate(values)]
+        return max((distance for distance in apart if distance is not None), default=None)
 
     def _agree(self, call: CachedCall, apart: Sequence[float | None], tensors: Sequence[torch.Tensor]) -> bool:
         """Tell whether rows that were computed a second time came back as they were, and remember the verdict.

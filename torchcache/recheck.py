@@ -160,11 +160,10 @@ class FewRows:
         """Return how often the witness of ``n`` rows is computed with the next batch."""
         return n + 1 if 1 < n <= _LONE_ROWS else 1
 
-    def beside(self, position: int) -> Found:
-        """Return the rows of the sample that are of the same form as the one at ``position``."""
-        layout = self.values[position].layout
-        alike = [row.data for row in self.sample if row.layout == layout]
-        return Found(range(len(alike)), layout, np.concatenate(alike))
+    def beside(self, value: Found) -> Found:
+        """Return the rows of the sample that are of the same form as one, which may be none of them."""
+        alike = [row.data for row in self.sample if row.layout == value.layout] or [value.data]
+        return Found(range(len(alike)), value.layout, np.concatenate(alike))
 
 
 class Verdicts:
