@@ -15,6 +15,7 @@ from torchcache.keys.digest import digest_rows
 from torchcache.keys.watched import Watched
 from torchcache.keys.weights import Contents
 from torchcache.memory import MemoryTier
+from torchcache.recheck import FewRows
 from torchcache.samples import Batch
 from torchcache.shared_arguments import SharedArgument
 from torchcache.structure import Tree
@@ -156,11 +157,16 @@ def _careless() -> None:
     InputWatch.changed = lambda self: ""  # type: ignore[method-assign] # noqa: ARG005
 
 
+def _witness_only() -> None:
+    """Let rows be checked by the witness alone, in a batch one row larger."""
+    FewRows.batches = lambda self, n: iter(())  # type: ignore[method-assign] # noqa: ARG005
+
+
 DEFECTS: dict[str, Callable[[], None]] = {
     "blind": _blind, "restless": _restless, "short-sighted": _short_sighted, "wrong-value": _wrong_value,
     "no-containers": _no_containers, "padding-counts": _padding_counts, "no-unbatched": _no_unbatched,
     "first-dimension": _first_dimension, "keys-alone": _keys_alone, "attributes-for-all": _attributes_for_all,
     "trusting": _trusting, "mask-blind": _mask_blind, "first-share": _first_share,
     "frozen-generators": _frozen_generators, "plain-results": _plain_results, "careless": _careless,
-    "marks-only": _marks_only, "old-switches": _old_switches,
+    "marks-only": _marks_only, "old-switches": _old_switches, "witness-only": _witness_only,
 }  # fmt: skip

@@ -7,6 +7,9 @@ words, each times a random odd number, in 64 bits. A row that differs in one bit
 Each kind has 200,000 rows, made in parts of 10,000. A part comes once in batches of random size that hold new rows,
 rows of earlier batches and repeats, in random order. The last parts go through a store with a memory tier that
 holds next to none of them.
+
+Before that, functions whose rows depend on their batch are called with batches of 2 to 2,048 rows, of which later ones
+hold rows of earlier ones: each result is the function's own. Of functions whose rows are their own none is suspected.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from stress.batch_functions import DEPENDENT, OWN, Function, make_own
 from stress.interpreters import prepare
 from stress.values import ViolationError
 from stress.verdict import Run, Tally
@@ -35,6 +39,11 @@ _MOST_NEW_ROWS = 700
 _FLUSH_CHANCE = 0.3
 _MOST_VIOLATIONS = 20
 
+#: For so many rows of a kind there is one case of a function; such cases take at most this share of the time.
+_ROWS_PER_FUNCTION = 50
+_FUNCTIONS_SHARE = 0.5
+_SIZES = (2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 31, 64, 100, 256, 500, 1024, 2048)
+
 
 @dataclass(slots=True)
 class RowTally(Tally):
@@ -47,6 +56,7 @@ class RowTally(Tally):
         queue_hits: Values that came from the write queue, by kind.
         store_hits: Values that came from the disk, by kind.
         wrong: Values that were not right, by kind.
+        functions: Cases of functions, by name.
     """
 
     rows: dict[str, int] = field(default_factory=dict)
@@ -55,9 +65,12 @@ class RowTally(Tally):
     queue_hits: dict[str, int] = field(default_factory=dict)
     store_hits: dict[str, int] = field(default_factory=dict)
     wrong: dict[str, int] = field(default_factory=dict)
+    functions: dict[str, int] = field(default_factory=dict)
 
     def is_proof(self) -> bool:
-        return all(self.rows.get(kind) and self.memory_hits.get(kind) and self.store_hits.get(kind) for kind in KINDS)
+        counts = self.rows, self.memory_hits, self.store_hits
+        are_rows = all(count.get(kind) for kind in KINDS for count in counts)
+        return are_rows and all(self.functions.get(name) for name in (*DEPENDENT, *OWN))
 
 
 TALLY = RowTally
@@ -81,10 +94,63 @@ class Sums(nn.Module):
 def run(asked: Run[RowTally]) -> None:
     """Go through the kinds one after the other, each for its share of the time."""
     prepare(asked.plant)
-    deadline = time.monotonic() + asked.seconds
+    start = time.monotonic()
+    deadline = start + asked.seconds
+    _try_functions(asked, start + _FUNCTIONS_SHARE * asked.seconds)
     for i, (kind, make) in enumerate(KINDS.items()):
         share = (deadline - time.monotonic()) / (len(KINDS) - i)
         _go_through(asked, kind, make, time.monotonic() + share)
+
+
+def _try_functions(asked: Run[RowTally], deadline: float) -> None:
+    """Call functions of both kinds, each in its turn, until there were enough cases or the time is over."""
+    names = [*DEPENDENT, *OWN]
+    for number in range(max(len(names), (asked.cases or ROWS) // _ROWS_PER_FUNCTION)):
+        if time.monotonic() > deadline or len(asked.violations()) >= _MOST_VIOLATIONS:
+            return
+        name = names[number % len(names)]
+        rng = np.random.default_rng([asked.seed, number])
+        try:
+            _try_function(asked, name, rng)
+        except ViolationError as error:
+            asked.note(ViolationError(error.kind, f"{name!r}, case {number}: {error}"))
+        _add(asked.tally.functions, name, 1)
+
+
+def _try_function(asked: Run[RowTally], name: str, rng: np.random.Generator) -> None:
+    """Compute two batches, then batches of rows of both.
+
+    Raises:
+        ViolationError: If rows that depend on their batch went unnoticed, or others were suspected.
+    """
+    n, width = int(rng.choice(_SIZES)), int(rng.choice([8, 16, 32]))
+    depends = name in DEPENDENT
+    plain: Function
+    if depends:
+        plain, dtype = DEPENDENT[name], torch.float32
+    else:
+        plain, dtype = make_own(name, width, n)
+    first, second = (torch.from_numpy(rng.standard_normal((n, width), dtype=np.float32)).to(dtype) for _ in range(2))
+    mixed = torch.cat([first, second])[torch.from_numpy(rng.permutation(2 * n))]
+
+    @torchcache()
+    def cached(x: torch.Tensor) -> torch.Tensor:
+        return plain(x)
+
+    with contextlib.closing(cache_of(cached)) as cache:
+        for x in (first, second, mixed[:n], mixed, first[: n // 2]):
+            value, right = cached(x), plain(x)
+            if depends and (value.shape != right.shape or not torch.equal(value, right)):
+                raise ViolationError("wrong", f"a batch of {len(x)} rows, the first one had {n} of {width} numbers")
+        stats = cache.stats()
+    if depends and (stats.hits or not stats.bypasses):
+        raise ViolationError("unnoticed", f"{stats.hits} hits; the first batch had {n} rows of {width} numbers")
+    if not depends and stats.bypasses:
+        raise ViolationError("alarm", f"{stats.bypasses}; the first batch had {n} rows of {width} numbers")
+    if not depends:
+        expected = 3 * n + n // 2
+        asked.tally.expected += expected
+        asked.tally.hits += min(expected, stats.hits)
 
 
 def _go_through(asked: Run[RowTally], kind: str, make: _Maker, deadline: float) -> None:

@@ -61,6 +61,6 @@ SUITES = {
         Suite("keys", jobs=2, plants=_KEY_PLANTS, takes=_CASES),
         Suite("forms", jobs=2, plants=_FORM_PLANTS, takes=_CASES),
         Suite("state", jobs=2, plants=_VALUE_PLANTS, takes=_CASES),
-        Suite("rows", jobs=1, plants=("short-sighted", "wrong-value"), takes=("cases",)),
+        Suite("rows", jobs=1, plants=("short-sighted", "wrong-value", "witness-only"), takes=("cases",)),
     )
 }

@@ -126,7 +126,7 @@ def test_missing_rows_are_forwarded_without_grad_mode():
         return x + 1
 
     function(batch())
-    assert modes == [False]
+    assert modes == [False, False], "those that check_rows computes once more as well"
 
 
 def test_an_empty_batch_gets_an_empty_result():
@@ -178,7 +178,7 @@ def test_a_forward_may_call_its_own_module():
 
 def test_a_cached_module_inside_a_cached_module_keeps_a_cache_of_its_own():
     inner = torchcache()(nn.Linear(10, 4))
-    outer = torchcache()(nn.Sequential(inner, nn.ReLU()))
+    outer = torchcache(check_rows=False)(nn.Sequential(inner, nn.ReLU()))
     x = batch()
     expected = torch.relu(torch.nn.functional.linear(x, inner.weight, inner.bias))
     assert torch.equal(outer(x), expected)
@@ -831,7 +831,7 @@ def test_a_forward_that_keeps_notes_still_hits(cls):
 def test_a_function_that_counts_in_a_nonlocal_still_hits():
     calls = 0
 
-    @torchcache()
+    @torchcache(check_rows=False)
     def function(x):
         nonlocal calls
         calls += 1
@@ -999,7 +999,7 @@ NAMES = [f.__name__ if f.__name__ != "<lambda>" else f"change {i}" for i, f in e
 @pytest.mark.parametrize("change", CHANGES, ids=NAMES)
 def test_what_shapes_the_result_is_noticed_at_the_next_call(change, monkeypatch):
     monkeypatch.setitem(globals(), "SCALE", 2)
-    model = torchcache()(Model().requires_grad_(True))
+    model = torchcache(check_rows=False)(Model().requires_grad_(True))
     x = torch.rand(4, 10)
     old = model(x)
     assert torch.equal(model(x), old)
@@ -1491,7 +1491,7 @@ def test_each_reason_is_said_once_and_names_the_remedy(caplog):
 def test_under_compile_the_cached_call_still_caches():
     computed = []
 
-    @torchcache()
+    @torchcache(check_rows=False)
     class Module(nn.Module):
         def forward(self, x):
             computed.append(1)

@@ -1,4 +1,4 @@
-"""Rows that depend on their batch are found out with the second computed batch; others raise no alarm."""
+"""Rows that depend on their batch are found out before anything is served to another batch; others raise no alarm."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchcache import cache_of, torchcache
+from stress import batch_functions
+from torchcache import CacheMissError, cache_of, torchcache
 from torchcache.storage.lmdb import LmdbStore
 
 
@@ -70,18 +71,42 @@ DEPENDENT = {
 
 
 @pytest.mark.parametrize("case", DEPENDENT)
-def test_rows_that_depend_on_their_batch_are_bypassed_from_the_second_computed_batch_on(case, caplog):
+def test_rows_that_depend_on_their_batch_are_bypassed(case, caplog):
     make, shape = DEPENDENT[case]
     plain = make()
     cached, _ = wrap(plain)
     first, second, third, _ = batches(*shape)
-    cached(first)
-    for x in (second, third, first, second[: len(second) // 2] if "image" not in case else second):
+    for x in (first, second, third, first, second[: len(second) // 2] if "image" not in case else second):
         assert torch.allclose(cached(x), plain(x), atol=1e-6)
     stats = stats_of(cached)
     assert set(stats.bypasses) == {"rows_depend_on_batch"}
     assert stats.memory_rows == stats.hits == 0
     assert sum("depend on the batch" in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 16, 250, 2048])
+@pytest.mark.parametrize("name", batch_functions.DEPENDENT)
+def test_rows_that_depend_on_their_batch_are_noticed_before_a_hit_whatever_its_size(name, n):
+    function = batch_functions.DEPENDENT[name]
+    for seed in range(3):
+        cached = torchcache()(lambda x: function(x))  # noqa: PLW0108 - each in a cache of its own
+        first, second, third, _ = batches(n, 16, seed=100 * n + seed)
+        for x in (first, second, torch.cat([first, third])[n // 2 :], second.flip(0)):
+            assert torch.equal(cached(x), function(x))
+        assert stats_of(cached).hits == 0
+        assert set(stats_of(cached).bypasses) == {"rows_depend_on_batch"}
+
+
+@pytest.mark.parametrize("n", [2, 8, 700])
+@pytest.mark.parametrize("name", batch_functions.OWN)
+def test_rows_of_their_own_raise_no_alarm_whatever_the_size(name, n):
+    module, dtype = batch_functions.make_own(name, 16, seed=n)
+    cached = torchcache()(lambda x: module(x))  # noqa: PLW0108 - the module stays as it is
+    first, second, *_ = (x.to(dtype) for x in batches(n, 16, seed=n))
+    for x in (first, second, first, torch.cat([first, second])):
+        cached(x)
+    assert not stats_of(cached).bypasses
+    assert stats_of(cached).hits == 3 * n
 
 
 def deep(dtype):
@@ -125,12 +150,17 @@ def test_rows_of_their_own_raise_no_alarm(case):
     n = shape[0]
     rounds = [x.to(dtype) for x in batches(*shape)]
     results = [cached(x) for x in rounds]
-    # One row more, once; rows of zeros prove nothing, so it is tried three times.
-    assert sizes == ([n, n + 1, n + 1, n + 1] if case == "rows of zeros" else [n, n + 1, n, n])
+    few = 7 if n >= 8 else 4 if n != 4 else 5
+    if case == "rows of zeros":  # they prove nothing, so it is tried three times, and kept then
+        assert sizes == [n, few, n + 1, few, n + 1, few, n]
+        results = [cached(x) for x in rounds]
+    else:  # a few rows once more, and then one row more
+        assert sizes == [n, few, n + 1, n, n]
+        assert stats_of(cached).misses == 4 * n
+    hits = stats_of(cached).hits
     assert all(torch.equal(cached(x), result) for x, result in zip(rounds, results, strict=True))
-    stats = stats_of(cached)
-    assert not stats.bypasses
-    assert (stats.misses, stats.memory_hits) == (4 * n, 4 * n)
+    assert not stats_of(cached).bypasses
+    assert stats_of(cached).memory_hits == hits + 4 * n
 
 
 @pytest.mark.parametrize("tier", ["queue", "store"])
@@ -154,33 +184,74 @@ def test_what_the_caller_writes_into_a_checked_batch_reaches_no_tier(tier, cache
     cache_of(cached).close()
 
 
-def test_with_a_hit_in_the_second_batch_that_row_is_computed_once_more():
+def test_hits_in_the_second_batch_are_served_and_its_other_rows_checked_beside_a_witness():
     cached, sizes = wrap(lambda x: x * 2)
-    first, second, *_ = batches(4, 3)
+    first, second, *_ = batches(8, 3)
     cached(first)
-    mixed = torch.cat([first[2:], second])
+    mixed = torch.cat([first[4:], second])
     assert torch.equal(cached(mixed), mixed * 2)
-    assert sizes == [4, 5]
-    assert stats_of(cached).misses == 8
+    assert sizes == [8, 7, 9]
+    assert stats_of(cached).misses == 16
 
 
-def test_rows_that_were_only_found_so_far_are_checked_with_the_first_batch_computed_here(cache_dir):
-    options = {"persistent": True, "persistent_cache_dir": cache_dir, "persistent_module_hash": None}
-    first, second, *_ = batches(4, 3)
-
+@pytest.mark.parametrize("mode", ["on", "read", "require"])
+def test_rows_that_an_earlier_program_computed_one_by_one_are_served_to_a_batch_once_it_is_checked(mode, cache_dir):
     def centred(x):
         return x - x.mean(0)
 
-    before = torchcache(**options)(centred)
-    before(first)
-    cache_of(before).flush()
-    later = torchcache(**options)(centred)
-    later(first[:2])  # the wrong window: nothing was computed twice yet
-    x = torch.cat([first[:1], second])
-    assert torch.equal(later(x), centred(x))
-    assert stats_of(later).bypasses == {"rows_depend_on_batch": 1}
+    one, other, *_ = batches(1, 3)
+    for x in (one, other):  # two programs, so that neither sees two batches
+        before = torchcache(persistent=True, persistent_cache_dir=cache_dir)(centred)
+        before(x)
+        cache_of(before).close()
+    later = torchcache(persistent=True, persistent_cache_dir=cache_dir, mode=mode)(centred)
+    assert torch.equal(later(one), centred(one)), "it was computed alone"
+    assert stats_of(later).hits == 1
+    x = torch.cat([one, other])
+    if mode == "require":
+        with pytest.raises(CacheMissError, match="rows_not_checked"):
+            later(x)
+    else:
+        assert torch.equal(later(x), centred(x))
+        assert stats_of(later).bypasses == {"rows_depend_on_batch": 1}
+        assert stats_of(later).hits == 1
     cache_of(later).close()
-    cache_of(before).close()
+
+
+def test_equal_rows_of_a_batch_are_computed_as_they_are_until_rows_are_known_to_be_their_own():
+    ones = torch.ones(8, 3)
+    first, second, *_ = batches(8, 3)
+    for plain, hits in ((lambda x: x * len(x), 0), (lambda x: x / x.max(), 24), (lambda x: x - x.mean(0), 24)):
+        cached, _ = wrap(plain)
+        for x in [ones] * 4:
+            assert torch.equal(cached(x), plain(x)), "a batch of equal rows, as to warm up, says next to nothing"
+        assert stats_of(cached).hits == hits, "copies are served to copies, where their number does not matter"
+        for x in (first, second, second[:4], ones):
+            assert torch.equal(cached(x), plain(x))
+        assert stats_of(cached).hits == hits
+        assert stats_of(cached).bypasses["rows_depend_on_batch"] >= 4
+
+
+def test_a_module_that_takes_no_small_batch_is_checked_by_its_witness():
+    def large_only(x):
+        assert len(x) > 8
+        return x - x.mean(0)
+
+    def own(x):
+        assert len(x) > 8
+        return x * 2
+
+    for plain in (large_only, own):
+        cached, sizes = wrap(plain)
+        first, second, third, _ = batches(9, 3)
+        for x in (first, second, third, third, first):
+            assert torch.equal(cached(x), plain(x))
+        bypasses = stats_of(cached).bypasses
+        if plain is own:
+            assert sizes == [9, 7, 8, 10, 7, 8, 9, 9], "few rows were refused, so the first batch was not kept"
+            assert not bypasses
+        else:
+            assert bypasses == {"rows_depend_on_batch": 4}
 
 
 def test_the_verdict_is_kept_with_the_namespace(cache_dir):
@@ -190,13 +261,13 @@ def test_the_verdict_is_kept_with_the_namespace(cache_dir):
     def centred(x):
         return x - x.mean(0)
 
-    for misses, bypasses in ((4, 2), (0, 3)):  # the second time, the verdict is known at once
+    for bypasses in (3, 3):  # the second time, the verdict is known at once
         cached = torchcache(**options)(centred)
         for x in (first, second, third):
             result = cached(x)
         assert torch.equal(result, centred(third))
         stats = stats_of(cached)
-        assert (stats.misses, stats.bypasses) == (misses, {"rows_depend_on_batch": bypasses})
+        assert (stats.misses, stats.bypasses) == (0, {"rows_depend_on_batch": bypasses})
         cache_of(cached).close()
 
 
@@ -207,26 +278,26 @@ def test_that_rows_are_their_own_is_not_found_out_twice(cache_dir):
         sizes.append(len(x))
         return x * 2
 
-    rounds = [*batches(4, 3), *batches(4, 3, seed=1)]
+    rounds = [*batches(9, 3), *batches(9, 3, seed=1)]
     for part in (rounds[:4], rounds[4:]):
         cached = torchcache(persistent=True, persistent_cache_dir=cache_dir)(twice)
         for x in part:
             cached(x)
         cache_of(cached).close()
-    assert sizes == [4, 5, 4, 4, 4, 4, 4, 4]
+    assert sizes == [9, 7, 10, 9, 9, 9, 9, 9, 9]
 
 
 def test_each_state_is_checked_for_itself():
     module = seeded(lambda: nn.Linear(3, 3))
     cached, sizes = wrap(module)
-    first, second, *_ = batches(4, 3)
+    first, second, *_ = batches(9, 3)
     for factor in (1, 2):
         with torch.no_grad():
             module.weight.mul_(factor)
         cached(first)
         cached(second)
-    assert sizes == [4, 5, 4, 5]
-    assert stats_of(cached).misses == 16
+    assert sizes == [9, 7, 10, 9, 7, 10]
+    assert stats_of(cached).misses == 36
     assert not stats_of(cached).bypasses
 
 
@@ -287,17 +358,17 @@ def test_rows_are_not_checked_when_one_more_does_not_fit_into_memory():
     for x in (*rounds, *rounds):
         assert torch.equal(cached(x), x * 2)
     assert stats_of(cached).bypasses == {"out_of_memory": 1}
-    assert sizes == [4, 5, 4, 4, 4, 4]
+    assert sizes == [4, 5, 9, 4, 4, 4, 4, 4]
 
 
 def test_inputs_of_another_shape_are_checked_among_themselves():
     cached, sizes = wrap(lambda x: x.flatten(1).sum(1, keepdim=True))
-    for shape in ((4, 3), (4, 5), (4, 7)):
+    for shape in ((9, 3), (9, 5), (9, 7)):
         cached(batches(*shape)[0])
-    assert sizes == [4, 4, 4]
-    cached(batches(4, 5)[1])
-    cached(batches(4, 7)[1])
-    assert sizes == [4, 4, 4, 5, 5]
+    assert sizes == [9, 7] * 3
+    cached(batches(9, 5)[1])
+    cached(batches(9, 7)[1])
+    assert sizes == [*[9, 7] * 3, 10, 10]
 
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
@@ -320,16 +391,16 @@ def test_each_form_of_a_call_is_checked_for_itself():
     assert torch.equal(cached(rounds[0], center=True), plain(rounds[0], center=True))
     assert torch.equal(cached(rounds[0]), plain(rounds[0]))
     stats = stats_of(cached)
-    assert stats.bypasses == {"rows_depend_on_batch": 4}
+    assert stats.bypasses == {"rows_depend_on_batch": 5}
     assert stats.memory_hits == 8, "one form says nothing of the other"
 
 
 def failing_once(error):
-    """Return a function that fails the first time that it gets five rows."""
+    """Return a function that fails the first time that it gets a batch of four rows and its witness."""
     failures = [error]
 
     def function(x):
-        if len(x) == 5 and failures:
+        if len(x) == 9 and failures:
             raise failures.pop()
         return x * 2
 
@@ -348,10 +419,10 @@ def test_memory_that_runs_out_on_the_cpu_is_no_verdict(error):
 
 def test_a_passing_fault_after_rows_were_checked_condemns_nothing():
     cached, _ = wrap(failing_once(ConnectionError("gone")), persistent_module_hash="failing")
-    small, large = batches(2, 3), batches(8, 3, seed=1)
+    small, large = batches(2, 3), batches(9, 3, seed=1)
     for x in small:
         cached(x)
-    x = torch.cat([small[0], large[0][:5]])  # five of seven rows are missing
+    x = torch.cat([small[0], large[0]])  # nine of eleven rows are missing
     assert torch.equal(cached(x), x * 2)
     assert stats_of(cached).bypasses == {"other_batch_failed": 1}
     assert torch.equal(cached(x), x * 2)
@@ -430,7 +501,7 @@ def test_what_depends_on_the_size_of_a_large_batch_is_found_out():
     cached, _ = wrap(lambda x: x / len(x))
     for x in batches(256, 3):
         cached(x)
-    assert stats_of(cached).bypasses["rows_depend_on_batch"] == 3
+    assert stats_of(cached).bypasses["rows_depend_on_batch"] == 4
 
 
 def test_a_witness_is_no_row_of_zeros():

@@ -115,7 +115,7 @@ def test_each_part_of_a_container_counts(make):
 
 
 def test_the_kind_of_a_container_its_keys_and_what_lies_beside_the_tensors_count():
-    @torchcache()
+    @torchcache(check_rows=False)
     def describe(inputs, flag=None):
         return tensor_in(inputs) * 0 + float(len(str(type(inputs))) + hash(repr(rest_of(inputs))) % 1000)
 

@@ -92,7 +92,7 @@ X = torch.randn(6, 6, generator=torch.Generator().manual_seed(0))
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_hit_has_the_form_and_the_bits_of_what_was_returned(form):
-    function, sizes = make(form)
+    function, sizes = make(form, check_rows=False)
     assert same(function(X), forms(X)[form])
     assert same(function(X), forms(X)[form])
     shuffled = X[[3, 1, 5, 1]]

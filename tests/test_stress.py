@@ -169,6 +169,7 @@ def test_rows_in_any_batch_get_their_own_values(tmp_path):
     assert status == 0, "\n".join(lines)
     assert set(verdict["rows"].values()) == {3000}
     assert set(verdict["wrong"].values()) == {0}
+    assert min(verdict["functions"].values()) > 0
     assert verdict["hits"] == verdict["expected"] > 10_000
     assert min(verdict["store_hits"].values()) > 0
 
@@ -180,6 +181,13 @@ def test_rows_with_values_of_others_are_found(plant, tmp_path):
     assert status == 1
     assert sum(json.loads(lines[0])["wrong"].values()) > 0
     assert any(line.startswith("wrong: ") for line in lines)
+
+
+def test_rows_that_are_checked_by_an_extreme_one_alone_are_found(tmp_path):
+    words = ("--cases", 1000, "--seed", 1, "--dir", tmp_path, "--plant", "witness-only")
+    status, lines = stress("run", "--suite", "rows", "--seconds", 60, *words)
+    assert status == 1
+    assert any(line.startswith(("unnoticed: ", "wrong: ")) for line in lines)
 
 
 def test_the_suites_are_listed_without_torch():

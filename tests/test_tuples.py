@@ -242,7 +242,7 @@ def test_names_of_adapters_count_for_each_row(kind):
 def test_a_tuple_of_str_that_is_the_only_batch_is_one():
     seen = []
 
-    @torchcache()
+    @torchcache(check_rows=False)
     def embed(texts, scale=1):
         seen.append(texts)
         return torch.tensor([[float(len(text))] for text in texts]) * scale

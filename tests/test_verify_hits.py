@@ -20,7 +20,7 @@ def make(path, **options):
     """Decorate a function that reads what it multiplies with from a file, of which the key knows nothing."""
     name, sizes = str(path), []
 
-    @torchcache(**options)
+    @torchcache(**{"check_rows": False, **options})
     def scaled(x):
         sizes.append(len(x))
         return x * float(Path(name).read_text())

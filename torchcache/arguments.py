@@ -56,6 +56,12 @@ class Tensors:
     def row(self, position: int) -> torch.Tensor:
         return self.tensor.detach().narrow(self.batch_dim, position, 1).clone()
 
+    def peaks(self, positions: Sequence[int]) -> torch.Tensor:
+        """Return the largest number of each of some rows, and the largest magnitude beside it."""
+        rows = self._rows(positions, is_range=False).movedim(self.batch_dim, 0)
+        numbers = rows.reshape(len(positions), -1).double().nan_to_num().cpu()
+        return torch.stack([numbers.amax(1), numbers.abs().amax(1)], 1)
+
     def select(self, positions: Sequence[int], extra: torch.Tensor | None, *, is_range: bool) -> torch.Tensor:
         """Return copies of some rows: what is written into them must not reach the caller."""
         rows = self._rows(positions, is_range=is_range)
@@ -88,9 +94,6 @@ class Values:
 
     def digest(self, position: int) -> bytes:
         return digest_bytes(encode_plain(self.values[position]) or b"")
-
-    def row(self, position: int) -> Sequence[Any]:
-        return self.values[position : position + 1]
 
     def select(self, positions: Sequence[int], extra: Sequence[Any] | None, *, is_range: bool) -> Sequence[Any]:  # noqa: ARG002
         rows = [*(self.values[position] for position in positions), *(extra or ())]

@@ -29,6 +29,7 @@ from torchcache.identity import FixedIdentity, Function, Identity, Look, Target
 from torchcache.keys.code import unwrap
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.ranks import is_in_a_job
+from torchcache.layout import Found
 from torchcache.notices import Notices
 from torchcache.options import CacheOptions
 from torchcache.outputs import detached
@@ -232,7 +233,11 @@ class Cache:
             call.digests = batch.digests(signature, call.keys)
             if call.keys is None:
                 self._identity.note_hashed(batch.host_bytes)
-            found, missing = self._tiers.look_up(call) if options.looks_up else ([], [*range(batch.n)])
+            found: list[Found] = []
+            missing = [*range(batch.n)]
+            call.is_unchecked = batch.n > 1 and self._is_unchecked(call) and not self._computer.are_copies(call)
+            if options.looks_up and (not call.is_unchecked or options.mode == "require"):
+                found, missing = self._tiers.look_up(call)
             if call.keys is not None:
                 opened = self._watched_keys.open(batch, call.digests, found)
                 if opened is None:
@@ -245,6 +250,8 @@ class Cache:
                 return self._go_around("rows_do_not_stack", call)
             if missing and options.mode == "require":
                 raise self._miss(function, args, kwargs, missing=missing)
+            if call.is_unchecked and options.mode == "require":
+                raise self._miss(function, args, kwargs, reason="rows_not_checked")
             doubted = self._computer.choose(found) if options.verify_hits and options.mode != "require" else []
             if not missing and not doubted:
                 return self._computer.assemble(found, call)
@@ -255,7 +262,8 @@ class Cache:
             return self._go_around("result_cannot_be_rebuilt", call)
         if self._identity.settle(look):
             return self._call(function, args, kwargs)
-        return self._computer.compute(call, found, missing, doubted, can_wait=len(_calling.active) == 1)
+        can_wait = len(_calling.active) == 1 and not call.is_unchecked
+        return self._computer.compute(call, found, missing, doubted, can_wait=can_wait)
 
     def _look(self) -> Look:
         """Name the present state, and say why a call in it is not cached, if so."""
@@ -267,6 +275,13 @@ class Cache:
             self._notices.error(error, 0)
             return Look("", b"", is_private=True, reason="unreadable_state")
         return look
+
+    def _is_unchecked(self, call: CachedCall) -> bool:
+        """Tell whether it is not known yet if rows depend on their batch, here or to the store."""
+        if self._computer.knows_rows(call):
+            return False
+        self._tiers.learn_verdict(call)
+        return not self._computer.knows_rows(call)
 
     def _verdict_against(self, namespace: bytes) -> str | None:
         """Say what earlier calls of a namespace showed that speaks against caching it, or None."""
@@ -281,7 +296,9 @@ class Cache:
         """
         last_look, last_form, namespace = self._last_namespace
         if look is not last_look or form != last_form:
-            namespace = digest_parts([look.namespace, form, b"checked" if self.options.check_rows else b"unchecked"])
+            namespace = digest_parts(
+                [look.namespace, form, b"checked twice" if self.options.check_rows else b"unchecked"]
+            )
             self._last_namespace = look, form, namespace
         return namespace
 

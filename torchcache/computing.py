@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -25,7 +25,8 @@ from torchcache.options import CacheOptions
 from torchcache.outputs import unsupported_leaf
 from torchcache.own_keys import keys_in_force, open_fitting, sealed
 from torchcache.padding import PaddedResults, follow_length
-from torchcache.recheck import Verdicts, Witness, largest_row, row_distance, tolerance
+from torchcache.recheck import FewRows, Verdicts, Witness, row_distance, tolerance
+from torchcache.results import Results
 from torchcache.samples import PaddedBatch
 from torchcache.storage.contract import Verdict
 from torchcache.structure import TooLargeError, Tree
@@ -105,7 +106,7 @@ class Computer:
             try:
                 joined = self.flights.claim(flight, call.rows_at(wanted), joins=joins)
                 own = [p for i, p in enumerate(wanted) if i not in joined]
-                if self.flights.landings != call.landings and self._options().looks_up:
+                if self.flights.landings != call.landings and self._options().looks_up and not call.is_unchecked:
                     landed = _opened(call, self._tiers.fetch("memory", call, own)[0])
                     computed += landed
                     have_landed = {p for item in landed for p in item.positions}
@@ -178,12 +179,13 @@ class Computer:
         # Code that the walk does not see may talk to other ranks, and they forward all rows of a call. So does the
         # first computed call of a namespace in a job, until one shows that it is computed alone.
         is_trial = bool(talks_before) and not self._verdicts.is_alone(call.namespace)
-        witness = self._find_witness(call, found) if own and self._options().check_rows and not is_trial else None
-        doubted = [] if is_trial else doubted
-        positions = [*range(call.batch.n)] if is_trial else [*own, *doubted]
-        if witness is not None and witness.row is None:
-            positions += witness.cached.positions
-        is_as_given = witness is None and (is_trial or len(positions) == call.batch.n == n)
+        # Until rows are known to be their own, equal ones may come out different.
+        is_whole = is_trial or call.is_unchecked
+        is_known = self.knows_rows(call)
+        witness = self._find_witness(call) if own and self._options().check_rows and not is_trial else None
+        doubted = [] if is_whole else doubted
+        positions = [*range(call.batch.n)] if is_whole else [*own, *doubted]
+        is_as_given = witness is None and (is_whole or len(positions) == call.batch.n == n)
         args, kwargs, results = call.args, call.kwargs, call.batch.results
         inputs: dict[int, bytes] = {}  # what keys of the user's stand for, before the call can change it
         if call.keys is not None:
@@ -194,12 +196,12 @@ class Computer:
         output: object = None
         try:
             if not is_as_given:
-                args, kwargs, results = call.batch.select(positions, None if witness is None else witness.row)
+                args, kwargs, results = call.batch.select(positions, None if witness is None else witness.rows)
             keys = call.keys
             if keys is not None and not is_as_given:
                 keys = [keys[p] for p in positions]
-                if witness is not None and witness.row is not None:
-                    keys.append(witness.key or b"")
+                if witness is not None:
+                    keys += [witness.key or b""] * witness.n
             watch = InputWatch(call.batch, args, kwargs)
             with torch.no_grad(), keys_in_force(keys):
                 output = call.function(*args, **kwargs)
@@ -228,7 +230,7 @@ class Computer:
                 if isinstance(following, str):
                     return _Answer(self.go_around(following, call))
                 results = following
-            total = call.batch.n if is_trial else n + len(doubted) + (witness is not None)
+            total = len(positions) + (0 if witness is None else witness.n)
             parts, overflowed = results.take_apart(tree, total, self._options().cache_dtype, self._tiers.known)
         except (MemoryError, torch.OutOfMemoryError):
             return self._give_back("out_of_memory", call, output if is_as_given else None)
@@ -252,8 +254,27 @@ class Computer:
         is_settled = effect is None and not self._identity.has_moved()
         leaves = [leaf for leaf in tree.leaves if isinstance(leaf, torch.Tensor)]
         tensors = [*call.batch.tensors, *self._identity.parameters(), *leaves]
-        if witness is not None and is_settled and not self._agrees(call, witness, total - 1, parts, tensors):
-            return _Answer(self.go_around("rows_depend_on_batch", call))
+        computed = _at_positions(_rows_at(parts, own if is_whole and n < call.batch.n else range(n)), own)
+        few: FewRows | None = None
+        if is_settled and own and not (is_known and witness is None):
+            apart = [
+                self._distance(call, witness.cached, row, parts)
+                for row in range(len(positions), total)
+                if witness is not None
+            ]
+            if not is_known and total > 1:
+                few = FewRows.of_batch(computed, call.batch, results, self._tiers.known)
+            if few is not None:
+                allowed = tolerance(tensors, self._options().cache_dtype)
+                distance = self._distance_of_few(call, few, total, results, allowed)
+                if distance is not None and math.isnan(distance):
+                    effect = self._note_chance(call)
+                elif not few.are_copies or (distance or 0.0) > allowed:
+                    apart.append(distance)
+                elif witness is None:
+                    self._verdicts.note_repeated(call.namespace)
+            if not self._agree(call, apart, tensors):
+                return self._give_back("rows_depend_on_batch", call, output if is_as_given else None)
         self._notices.counters.add(misses=n)
         if overflowed:
             self._notices.counters.add(overflowed_values=overflowed)
@@ -261,7 +282,6 @@ class Computer:
         found_again: list[Found] = []
         if is_settled and doubted:
             found_again = self._verify(call, {p: n + i for i, p in enumerate(doubted)}, found, parts, tensors, inputs)
-        computed = _at_positions(_rows_at(parts, own if is_trial and n < total else range(n)), own)
         rows = [_rows_to_keep(call, item, inputs) for item in computed]
         reason = effect or self._reason_to_drop(call, computed, total, is_settled=is_settled)
         if reason:
@@ -274,9 +294,9 @@ class Computer:
                     self._tiers.keep(call, item)
                 else:
                     self._tiers.replace(call, item)
-        if own and is_settled:
+        if own and is_settled and not is_known and witness is None:
             # Also where a plain value may be the batch size: one row more settles that.
-            self._leave_witness(call, computed[0])
+            self._leave_witness(call, computed, few, total)
         is_whole = is_as_given and results.returns_as_given
         whole = _Answer(results.rounded(tree, self._options().cache_dtype)) if is_whole else None
         if not reason and whole is None:
@@ -407,6 +427,7 @@ class Computer:
             self._verdicts.note_single(call.namespace)
             return self._give_back("one_sample_at_a_time", call, result)
         if self._verdicts.of(call.namespace) is Verdict.INDEPENDENT:
+            self._verdicts.note(call.namespace, Verdict.INDEPENDENT)  # the witness is not to be tried again
             self._notices.fault(
                 "other_batch_failed", f"a call failed with some of its rows, not with all ({failure!r})"
             )
@@ -420,6 +441,8 @@ class Computer:
         """Say why computed rows must not be kept, or None."""
         if not is_settled:
             return "state_moved"
+        if n_forwarded > 1 and not self.knows_rows(call) and not self.are_copies(call):
+            return "rows_not_checked"
         layout = computed[0].layout if computed else None
         numbers = call.batch.results.plain_numbers(layout, self._tiers.known) if layout and layout.structure else ()
         if layout and numbers:
@@ -433,47 +456,124 @@ class Computer:
                 return "plain_value_may_be_batch_size"
         return None
 
-    def _find_witness(self, call: CachedCall, found: Sequence[Found]) -> Witness | None:
-        """Return a cached row with which this batch can be checked, if it is still to be checked."""
-        if not call.batch.is_divisible or self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
-            return None
-        if call.batch.n == 1 and self._verdicts.is_single(call.namespace):
+    def _find_witness(self, call: CachedCall) -> Witness | None:
+        """Return the row with which this batch can be checked, if it is still to be checked."""
+        if not call.batch.is_divisible or (call.batch.n == 1 and self._verdicts.is_single(call.namespace)):
             return None
         witness = self._verdicts.witness(call.namespace)
-        has_key = witness is not None and witness.key is not None
-        if witness is not None and witness.marks == self._identity.marks() and (has_key or call.keys is None):
-            return witness
-        if found and not self._options().persistent_module_hash:
-            item = found[0]
-            return Witness(None, Found(item.positions[:1], item.layout, item.data[:1]))
+        if witness is None or witness.marks != self._identity.marks():
+            return None
+        has_others = any(digest != witness.digest for digest in call.digests)
+        return witness if has_others and (witness.key is not None or call.keys is None) else None
+
+    def _leave_witness(self, call: CachedCall, computed: Sequence[Found], few: FewRows | None, total: int) -> None:
+        """Leave a row of the first computed batch, which had ``total`` of them, to be computed with the next one."""
+        position = computed[0].positions[0] if few is None else few.witness
+        item = next(item for item in computed if position in item.positions)
+        i = list(item.positions).index(position)
+        # Each row of a padded batch has a length of its own, and one length can be added to a batch.
+        n = 1 if isinstance(call.batch, PaddedBatch) else FewRows.witnesses(total)
+        witness = Witness(
+            rows=call.batch.rows([position] * n),
+            n=n,
+            digest=call.digests[position],
+            cached=Found([position], item.layout, item.data[i : i + 1].copy()),
+            marks=self._identity.marks(),
+            key=None if call.keys is None else call.keys[position],
+        )
+        self._verdicts.leave(call.namespace, witness)
+
+    def _distance_of_few(
+        self, call: CachedCall, few: FewRows, total: int, results: Results, allowed: float
+    ) -> float | None:
+        """Compute a few rows once more by themselves; return how far the furthest of them is apart.
+
+        Args:
+            call: The call.
+            few: The rows.
+            total: How many rows they were computed with first.
+            results: The form of its results.
+            allowed: How far they may be apart.
+
+        Returns:
+            None if nothing can be said: the module takes no small batch, or all is zero. NaN if they do not come back
+            the same in the same batch either, so that something else than the batch shapes them.
+        """
+        talks_before = collectives_done()
+        draws = Draws([*self._identity.generators(), *call.batch.generators])
+        for positions in few.batches(total):
+            try:
+                parts = self._compute_few(call, positions, results)
+                if draws.are_there() or collectives_done() != talks_before or self._identity.has_moved():
+                    return None
+                if parts is None:
+                    return math.inf
+                values = [few.values[position] for position in positions]
+                apart = self._furthest(call, few, values, parts)
+                if apart is None or apart <= allowed:
+                    return apart
+                again = self._compute_few(call, positions, results)
+            except Exception as error:  # noqa: BLE001 - whatever a foreign forward raises for a small batch
+                if _is_out_of_memory(error):
+                    return None
+                continue
+            first = [_rows_at(parts, [row])[0] for row in range(len(positions))]
+            is_same = again is not None and (self._furthest(call, few, first, again) or 0.0) <= allowed
+            return apart if is_same else math.nan
         return None
 
-    def _leave_witness(self, call: CachedCall, rows: Found) -> None:
-        if not self._options().check_rows or not call.batch.is_divisible:
-            return
-        if self._verdicts.of(call.namespace) is not Verdict.UNKNOWN:
-            return
-        witness, marks = self._verdicts.witness(call.namespace), self._identity.marks()
-        if witness is None or witness.marks != marks:
-            row = largest_row(rows.data, rows.layout, call.batch.results, self._tiers.known)
-            position = rows.positions[row]
-            cached = Found([position], rows.layout, rows.data[row : row + 1].copy())
-            key = None if call.keys is None else call.keys[position]
-            self._verdicts.leave(call.namespace, Witness(call.batch.row(position), cached, marks, key))
+    def _compute_few(self, call: CachedCall, positions: Sequence[int], results: Results) -> list[Found] | None:
+        """Forward the rows at ``positions``, some of which are the same; return None if the result has another form."""
+        args, kwargs, form = call.batch.select(positions)
+        with torch.no_grad(), keys_in_force(None if call.keys is None else [call.keys[p] for p in positions]):
+            tree = form.flatten(call.function(*args, **kwargs))
+        if unsupported_leaf(tree) is not None:
+            return None
+        if isinstance(form, PaddedResults):
+            form = form.following(_followed_in(results))
+        try:
+            parts, _ = form.take_apart(tree, len(positions), self._options().cache_dtype, self._tiers.known)
+        except MemoryError:
+            raise
+        except Exception:  # noqa: BLE001 - a padded result of another form fails anywhere
+            return None
+        return parts
 
-    def _agrees(
-        self, call: CachedCall, witness: Witness, row: int, parts: Sequence[Found], tensors: Sequence[torch.Tensor]
-    ) -> bool:
-        """Compare the witness with what was computed at ``row``, and remember the verdict."""
-        allowed = tolerance(tensors, self._options().cache_dtype)
-        apart = self._distance(call, witness.cached, row, parts)
-        if apart is not None and apart > allowed:
+    def _note_chance(self, call: CachedCall) -> str | None:
+        """Note that the same rows came back different in the same batch; return what that is an effect of.
+
+        A name of the user's own vouches that it does not matter.
+        """
+        if self._options().persistent_module_hash:
+            self._verdicts.note(call.namespace, None)
+            return None
+        self._verdicts.note_effect(call.namespace, "random_numbers")
+        self._notices.bypass("random_numbers", 0)
+        return "random_numbers"
+
+    def _furthest(
+        self, call: CachedCall, few: FewRows, values: Sequence[Found], parts: Sequence[Found]
+    ) -> float | None:
+        """Return how far the furthest of a few rows is from its value."""
+        apart = [self._distance(call, value, row, parts, few.beside(value)) for row, value in enumerate(values)]
+        return max((distance for distance in apart if distance is not None), default=None)
+
+    def _agree(self, call: CachedCall, apart: Sequence[float | None], tensors: Sequence[torch.Tensor]) -> bool:
+        """Tell whether rows that were computed a second time came back as they were, and remember the verdict.
+
+        Args:
+            call: The call.
+            apart: How far each comparison found them apart; None where it proves nothing.
+            tensors: What took part.
+        """
+        said = [distance for distance in apart if distance is not None]
+        if said and max(said) > tolerance(tensors, self._options().cache_dtype):
             self._condemn(call)
             return False
-        if apart is None:
-            self._verdicts.note_vacuous(call.namespace)  # another batch may tell
-        else:
+        if said:
             self._judge(call, Verdict.INDEPENDENT)
+        elif apart:
+            self._verdicts.note_vacuous(call.namespace)  # another batch may tell
         return True
 
     def _condemn(self, call: CachedCall) -> None:
@@ -482,16 +582,27 @@ class Computer:
         self._judge(call, Verdict.DEPENDENT)
 
     def _judge(self, call: CachedCall, verdict: Verdict) -> None:
+        is_news = self._verdicts.of(call.namespace) is not verdict
         self._verdicts.note(call.namespace, verdict)
-        if call.sink is not None:
-            self._tiers.do(call.sink, partial(call.sink.judge, call.namespace, verdict))
+        if is_news:
+            self._tiers.judge(call, verdict)
 
-    def _distance(self, call: CachedCall, cached: Found, row: int, parts: Sequence[Found]) -> float | None:
-        """Return how far a cached value and what was computed at ``row`` are apart."""
+    def _distance(
+        self,
+        call: CachedCall,
+        cached: Found,
+        row: int,
+        parts: Sequence[Found],
+        beside: Found | None = None,
+        *,
+        is_picked: bool = True,
+    ) -> float | None:
+        """Return how far a known value and what was computed at ``row`` are apart; see ``row_distance``."""
         part = next(item for item in parts if row in item.positions)
         i = list(part.positions).index(row)
         computed = Found([row], part.layout, part.data[i : i + 1])
-        return row_distance(cached, computed, part.data, call.batch.results, self._tiers.known)
+        how = call.batch.results, self._tiers.known
+        return row_distance(cached, computed, beside or part, *how, is_picked=is_picked)
 
     def _verify(
         self,
@@ -519,7 +630,7 @@ class Computer:
         }
         self._notices.counters.add(verified_rows=len(again))
         for position, row in again.items():
-            apart = self._distance(call, cached[position], row, parts)
+            apart = self._distance(call, cached[position], row, parts, is_picked=False)
             if apart is None or apart <= allowed:
                 continue
             digest = call.digests[position]
@@ -549,6 +660,16 @@ class Computer:
         parameters = self._identity.parameters()
         return parameters[0].device if parameters else None
 
+    def knows_rows(self, call: CachedCall) -> bool:
+        """Tell whether it was found out if rows of a call depend on their batch, or is not to be."""
+        if not self._options().check_rows or not call.batch.is_divisible:
+            return True
+        return self._verdicts.of(call.namespace) is not Verdict.UNKNOWN
+
+    def are_copies(self, call: CachedCall) -> bool:
+        """Tell whether a call has one sample, however often, and that does not matter."""
+        return len(set(call.digests)) == 1 and self._verdicts.is_repeated(call.namespace)
+
     def choose(self, found: Sequence[Found]) -> list[int]:
         """Choose the hits that are computed again for ``verify_hits``."""
         share = self._options().verify_hits
@@ -569,6 +690,12 @@ def _rows_to_keep(call: CachedCall, computed: Found, inputs: Mapping[int, bytes]
 def _opened(call: CachedCall, found: list[Found]) -> list[Found]:
     """Return rows that came from another thread as values; sealed ones only if they are of the call's inputs."""
     return found if call.keys is None else open_fitting(call.batch, found)
+
+
+def _followed_in(results: Results) -> Sequence[Sequence[int]]:
+    assert isinstance(results, PaddedResults)
+    assert results.followed is not None
+    return results.followed
 
 
 def _rows_at(parts: Sequence[Found], rows: Sequence[int]) -> list[Found]:

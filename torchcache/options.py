@@ -299,8 +299,9 @@ class CacheOptions:
             group use together (modes 2770 and 0660).
         when_grad: What parameters that require grad do while grad mode is on: "detach", "bypass"
             or "raise".
-        check_rows: Compute one row that is cached once more with the second batch of a namespace; if it comes
-            back grossly different, rows depend on their batch and the namespace is not cached.
+        check_rows: Compute a few rows of the first batch of a namespace once more by themselves, and one with the
+            second batch; if they come back grossly different, rows depend on their batch and the namespace is not
+            cached.
         verify_hits: So large a share of the hits is computed again and compared; what differs is said once,
             counted, and replaced.
         queue_bytes: Bound of the write queue in bytes; None for 64e6, and 16e6 in a worker.

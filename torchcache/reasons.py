@@ -25,6 +25,8 @@ REMEDIES = {
     "the batch and cannot be cached sample by sample; make dimension 0 of every tensor the batch, cache a part of "
     "the model that treats each row alone, or set check_rows=False if the difference is meant; where padded is set, "
     "the model must take its mask into account",
+    "rows_not_checked": "it is not known whether results depend on the batch, and mode='require' computes nothing to "
+    "find out; compute a batch of two samples or more with mode='on', or set check_rows=False both times",
     "other_batch_failed": "the call failed with some of its rows and succeeded with all of them; it is tried again",
     "other_length_failed": "a row could not be computed with another padding, or nothing came of it but zeros, so it "
     "is not known what of its result follows the length; it is tried again. The mask must say what is real, not what "

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
 from torchcache.errors import CorruptRecordError
 from torchcache.keys.mode import is_precision_reduced
-from torchcache.layout import Bytes2D, Found, Layout
+from torchcache.layout import Found
 from torchcache.outputs import are_alike
 from torchcache.process import ForkLock
 from torchcache.results import Results
+from torchcache.samples import Batch
 from torchcache.storage.contract import Verdict
 from torchcache.structure import KnownClasses
 
@@ -43,33 +45,134 @@ _REDUCED_PRECISION_TOLERANCE = 0.1
 _FLIPPED_SHARE = 0.1
 _NOT_FINITE_SHARE = 0.01
 
-#: A row that is next to nothing beside the others of its batch is compared with these.
+#: A row that is next to nothing beside the others of its batch is compared with these: by a share of their norm. For
+#: rows that are picked to check others it is all of it: small ones may be what is left of larger numbers.
 _FLOOR_SHARE = 1e-3
+_FLOOR_SHARE_OF_PICKED = 1.0
 _FLOOR_ROWS = 16
+
+#: How many rows of a batch others are picked from, and how many it takes to pick more than one.
+_SAMPLE_ROWS = 16
+_LEAST_ROWS_OF_SEVERAL = 8
+
+#: How many small batches are tried.
+_MOST_BATCHES = 2
+
+#: To a batch of up to this many rows one says little: the witness of so few is copied until copies are the most.
+_LONE_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Witness:
-    """A sample whose value is cached, with which another batch can be checked.
+    """A sample whose value is known, with which another batch can be checked.
 
     Attributes:
-        row: Its rows of the tensor arguments, as ``Batch.row`` gave them; None if it is in the batch itself.
-        cached: Its value, at its position in the batch if it is in there.
+        rows: Its rows of the arguments, as ``Batch.rows`` returned them, as often as it is to be computed.
+        n: How often that is.
+        digest: Its own.
+        cached: Its value.
         marks: Of the weights it was computed with.
         key: Of the user's own, if it had one.
     """
 
-    row: tuple[torch.Tensor, ...] | None
+    rows: tuple[Any, ...]
+    n: int
+    digest: bytes
     cached: Found
-    marks: object = None
-    key: bytes | None = None
+    marks: object
+    key: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class FewRows:
+    """Rows of a batch that are computed once more by themselves, most of them as copies of one or two.
+
+    What the rows of a batch share is its size, mean, median, largest value. A batch of copies has none of that in
+    common with the one that they come from, unless the row that has the largest value is among them. So that one is
+    left out, and of the others those with small results are taken: what is dropped from a large batch would not be from
+    one of its like. One that is not zero is among them where there is one.
+
+    Attributes:
+        values: What was computed first, by position; one row each.
+        sample: Rows of the first batch, beside which those computed again are compared.
+        order: The positions in the order in which they are computed again; the last one may be repeated.
+        witness: The position of the row to compute with the next batch: the largest, or the smallest if it is the one
+            that was left out.
+    """
+
+    values: dict[int, Found]
+    sample: list[Found]
+    order: list[int]
+    witness: int
+
+    @classmethod
+    def of_batch(cls, computed: Sequence[Found], batch: Batch, results: Results, known: KnownClasses) -> FewRows | None:
+        """Pick them.
+
+        Args:
+            computed: The values of a batch's rows; all rows are different.
+            batch: The call.
+            results: What rows consist of.
+            known: What classes the values may have.
+
+        Returns:
+            None if nothing can be said of them.
+        """
+        places = [(item, i) for item in computed for i in range(len(item.positions))]
+        n = min(len(places), _SAMPLE_ROWS)
+        if not n:
+            return None
+        chosen = [places[k * (len(places) - 1) // max(1, n - 1)] for k in range(n)]
+        sample = [Found([item.positions[i]], item.layout, item.data[i : i + 1]) for item, i in chosen]
+        try:
+            norms = [_norm_of(row, results, known) for row in sample]
+        except CorruptRecordError:
+            return None  # the call itself will say so
+        ranked = sorted(range(n), key=norms.__getitem__)
+        loudest = batch.loudest([row.positions[0] for row in sample])
+        quiet = [i for i in ranked if i not in loudest] or [i for i in ranked if i != loudest[0]] or ranked
+        smallest = quiet[0]
+        order = [*quiet[1:][-1:], smallest, smallest, smallest]
+        if n >= _LEAST_ROWS_OF_SEVERAL:
+            small = quiet[2]
+            order = [quiet[n * 3 // 8], small, smallest, small, smallest, small, quiet[n * 5 // 8]]
+        if not any(norms[i] for i in order):
+            order = [i for i in ranked if norms[i]][:1] + order
+        values = {sample[i].positions[0]: sample[i] for i in order}
+        witness = ranked[0] if ranked[0] not in quiet else ranked[-1]
+        return cls(values, sample, [sample[i].positions[0] for i in order], sample[witness].positions[0])
+
+    def batches(self, n: int) -> Iterator[list[int]]:
+        """Yield batches to compute them in: of two sizes other than ``n``, one of them even."""
+        batch = self.order
+        for _ in range(_MOST_BATCHES):
+            if len(batch) == n:
+                batch = [*batch, batch[-1]]
+            yield batch
+            batch = [*batch, batch[-1]]
+
+    @property
+    def are_copies(self) -> bool:
+        """Whether there was one row to choose from: copies of it show whether their number matters, and no more."""
+        return len(self.sample) == 1
+
+    @staticmethod
+    def witnesses(n: int) -> int:
+        """Return how often the witness of ``n`` rows is computed with the next batch."""
+        return n + 1 if 1 < n <= _LONE_ROWS else 1
+
+    def beside(self, value: Found) -> Found:
+        """Return the rows of the sample that are of the same form as one, which may be none of them."""
+        alike = [row.data for row in self.sample if row.layout == value.layout] or [value.data]
+        return Found(range(len(alike)), value.layout, np.concatenate(alike))
 
 
 class Verdicts:
     """What is known of namespaces: whether their rows depend on their batch, and a witness to find out.
 
-    The first computed batch of a namespace leaves its first row as a witness, which the second one carries at its
-    end: a row that depends on those before it, or on all, comes back changed.
+    A few rows of the first computed batch of a namespace are computed once more by themselves. The batch also leaves
+    one row as a witness, which the second one carries at its end: a row that depends on those before it, or on all,
+    comes back changed.
     """
 
     def __init__(self) -> None:
@@ -83,6 +186,7 @@ class Verdicts:
         self._effects: OrderedDict[bytes, tuple[int, str]] = OrderedDict()
         self._changing: OrderedDict[bytes, None] = OrderedDict()  # namespaces whose calls change their input
         self._alone: OrderedDict[bytes, None] = OrderedDict()  # namespaces that were computed without other ranks
+        self._repeated: OrderedDict[bytes, None] = OrderedDict()  # namespaces where the number of copies did not matter
 
     def of(self, namespace: bytes) -> Verdict | None:
         """Return the verdict; None if it could not be found out and is not to be tried again."""
@@ -90,9 +194,13 @@ class Verdicts:
             return self._verdicts.get(namespace, Verdict.UNKNOWN)
 
     def note(self, namespace: bytes, verdict: Verdict | None) -> None:
-        """Remember a verdict, or with None that there will be none. One that says dependent stays."""
+        """Remember a verdict, or with None that there will be none, and forget the witness.
+
+        One that says dependent stays, and None does not replace any.
+        """
         with self._lock.raw:
-            if self._verdicts.get(namespace) is not Verdict.DEPENDENT:
+            before = self._verdicts.get(namespace)
+            if before is None or (before is not Verdict.DEPENDENT and verdict is not None):
                 self._verdicts[namespace] = verdict
             while len(self._verdicts) > _MOST_NAMESPACES:
                 self._verdicts.popitem(last=False)
@@ -145,6 +253,18 @@ class Verdicts:
         with self._lock.raw:
             return namespace in self._alone
 
+    def note_repeated(self, namespace: bytes) -> None:
+        """Remember that a row came back the same in two batches of copies of itself, of two sizes."""
+        with self._lock.raw:
+            self._repeated[namespace] = None
+            if len(self._repeated) > _MOST_NAMESPACES:
+                self._repeated.popitem(last=False)
+
+    def is_repeated(self, namespace: bytes) -> bool:
+        """Tell whether ``note_repeated`` was told so."""
+        with self._lock.raw:
+            return namespace in self._repeated
+
     def note_vacuous(self, namespace: bytes) -> None:
         """Remember that a comparison proved nothing; after some of these there will be no verdict."""
         with self._lock.raw:
@@ -187,6 +307,7 @@ class Verdicts:
             self._effects.clear()
             self._changing.clear()
             self._alone.clear()
+            self._repeated.clear()
             self._vacuous.clear()
 
 
@@ -215,47 +336,65 @@ def tolerance(tensors: Iterable[torch.Tensor], cache_dtype: torch.dtype | None) 
     return widest
 
 
-def largest_row(rows: Bytes2D, layout: Layout, results: Results, known: KnownClasses) -> int:
-    """Return which of the first rows has the largest norm: one of zeros would prove nothing."""
-    some = rows[:_FLOOR_ROWS]
-    try:
-        leaves = results.leaves(layout, some.copy(), known)
-    except CorruptRecordError:
-        return 0
-    norms = sum(_numbers(leaf).reshape(len(some), -1).nan_to_num(0.0, 0.0, 0.0).norm(dim=1) for leaf in leaves)
-    return int(torch.as_tensor(norms).argmax())
-
-
-def row_distance(cached: Found, computed: Found, batch: Bytes2D, results: Results, known: KnownClasses) -> float | None:
+def row_distance(
+    cached: Found,
+    computed: Found,
+    beside: Found,
+    results: Results,
+    known: KnownClasses,
+    *,
+    is_picked: bool = True,
+) -> float | None:
     """Return how far two values of one row are apart, as a share of their norm.
 
     Args:
         cached: One row as it is cached.
         computed: The row computed again.
-        batch: What was computed with it and has its layout, one row a sample.
+        beside: Rows of its batch; these are of the same form.
         results: What rows consist of.
         known: What classes the values may have.
+        is_picked: The row was picked to check the batch, and not one of those that are checked.
 
     Returns:
         The largest share over the leaves; infinity where the form differs; None where nothing can be said: all
         numbers are zero, or none is finite.
     """
-    layout = computed.layout
-    if not are_alike(cached.layout, layout):
+    if not are_alike(cached.layout, computed.layout):
         return math.inf
-    stored = cached.data if isinstance(cached.data, np.ndarray) else cached.data.cpu().numpy()
+    if not computed.layout.nbytes:
+        return 0.0
+    some = Found(beside.positions, beside.layout, beside.data[:_FLOOR_ROWS])
     try:
-        a, b, rows = (
-            results.leaves(form, data.copy(), known)
-            for form, data in ((cached.layout, stored), (layout, computed.data), (layout, batch[:_FLOOR_ROWS]))
-        )
+        a, b, rows = (_leaves_of(item, results, known) for item in (cached, computed, some))
     except CorruptRecordError:
         return None  # the call itself will say so
-    distances = [_leaf_distance(*leaves) for leaves in zip(a, b, rows, strict=True)]
+    share = _FLOOR_SHARE_OF_PICKED if is_picked else _FLOOR_SHARE
+    distances = [_leaf_distance(*leaves, share) for leaves in zip(a, b, rows, strict=True)]
     return max((distance for distance in distances if distance is not None), default=None)
 
 
-def _leaf_distance(cached: torch.Tensor, computed: torch.Tensor, batch: torch.Tensor) -> float | None:
+def _leaves_of(item: Found, results: Results, known: KnownClasses) -> list[torch.Tensor]:
+    """Return what rows consist of as tensors of their own."""
+    data = item.data if isinstance(item.data, np.ndarray) else item.data.cpu().numpy()
+    return results.leaves(item.layout, data.copy(), known)
+
+
+def _norm_of(row: Found, results: Results, known: KnownClasses) -> float:
+    """Return the norm of one row, as that of its mean number: padded rows have several lengths."""
+    norms = [_norms(leaf) / math.sqrt(leaf.numel()) for leaf in _leaves_of(row, results, known) if leaf.numel()]
+    return float(sum(norms))
+
+
+def _norms(rows: torch.Tensor) -> torch.Tensor:
+    """Return the norm of each row, of the numbers that are finite."""
+    finite = _numbers(rows).reshape(len(rows), -1).nan_to_num(0.0, 0.0, 0.0)
+    norms: torch.Tensor = torch.linalg.vector_norm(finite, dim=1)
+    return norms
+
+
+def _leaf_distance(
+    cached: torch.Tensor, computed: torch.Tensor, batch: torch.Tensor, floor_share: float
+) -> float | None:
     """Return the norm of the difference of two rows over that of the larger one.
 
     It is 0 for integers of which next to none differ, infinity where too many numbers are finite on one side
@@ -272,8 +411,7 @@ def _leaf_distance(cached: torch.Tensor, computed: torch.Tensor, batch: torch.Te
         return math.inf
     both = a.isfinite() & b.isfinite()
     a, b = a[both], b[both]
-    rows = _numbers(batch).reshape(len(batch), -1).nan_to_num(0.0, 0.0, 0.0)
-    scale = max(float(a.norm()), float(b.norm()), _FLOOR_SHARE * float(rows.norm(dim=1).median()))
+    scale = max(float(a.norm()), float(b.norm()), floor_share * float(_norms(batch).median()))
     return float((a - b).norm()) / scale if scale else None
 
 

@@ -400,9 +400,15 @@ class Batch:
             return [every[p] for p in positions]
         return combine(bytes(DIGEST_BYTES), [[leaf.digest(p) for p in positions] for leaf in self._leaves])
 
-    def row(self, position: int) -> tuple[Any, ...]:
-        """Return copies of one sample's rows, each a batch of one, as ``select`` takes them."""
-        return tuple(leaf.row(position) for leaf in self._leaves)
+    def rows(self, positions: Sequence[int]) -> tuple[Any, ...]:
+        """Return copies of some samples' rows, as ``select`` takes them; of a padded batch, those of one sample."""
+        return tuple(leaf.select(positions, None, is_range=False) for leaf in self._leaves)
+
+    def loudest(self, positions: Sequence[int]) -> list[int]:
+        """Return which of some samples have the largest number and the largest magnitude in their floating tensors."""
+        floating = [leaf for leaf in self._leaves if isinstance(leaf, Tensors) and leaf.tensor.is_floating_point()]
+        peaks = [leaf.peaks(positions) for leaf in floating if leaf.tensor.numel()]
+        return torch.stack(peaks).amax(0).argmax(0).tolist() if peaks else []
 
     def select(
         self, positions: Sequence[int], extra: tuple[Any, ...] | None = None
@@ -413,7 +419,7 @@ class Batch:
 
         Args:
             positions: In the order wanted.
-            extra: What ``row`` returned for another call of the same signature: one sample more, at the end.
+            extra: What ``rows`` returned for another call of the same signature: more samples, at the end.
         """
         first, last = positions[0], positions[-1]
         is_range = last - first == len(positions) - 1 and all(p == first + i for i, p in enumerate(positions))

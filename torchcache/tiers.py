@@ -44,6 +44,12 @@ _TOO_LARGE = {
 #: The devices of so many forms of calls are remembered.
 _MOST_FORMS = 4096
 
+#: The verdicts that caches of this process handed to the writer, by the path of the store and the namespace: another
+#: cache of the same store needs them before they are on disk. Guarded by _judging.
+_judged: OrderedDict[tuple[str, bytes], Verdict] = OrderedDict()
+_judging = process.ForkLock()
+_MOST_JUDGED = 4096
+
 
 @dataclass(slots=True)
 class CachedCall:
@@ -59,6 +65,7 @@ class CachedCall:
     digests: list[bytes] = field(default_factory=list)
     keys: Sequence[bytes] | None = None  # of the user's own
     landings: int = 0  # of other threads' flights, before the tiers were asked
+    is_unchecked: bool = False  # it is not known whether rows depend on their batch
 
     def rows_at(self, positions: Sequence[int]) -> list[bytes]:
         """Return the digests of the samples at ``positions``."""
@@ -201,6 +208,30 @@ class Tiers:
         """Tell whether this process can rebuild the values of a layout that a tier gave for a call."""
         plain = layout if call.keys is None else layout_without_seal(layout)
         return plain is not None and call.batch.results.is_known(plain, self.known)
+
+    def judge(self, call: CachedCall, verdict: Verdict) -> None:
+        """Hand a verdict to the writer."""
+        if call.sink is None:
+            return
+        with _judging.raw:
+            _judged[str(call.sink.path), call.namespace] = verdict
+            if len(_judged) > _MOST_JUDGED:
+                _judged.popitem(last=False)
+        self.do(call.sink, partial(call.sink.judge, call.namespace, verdict))
+
+    def learn_verdict(self, call: CachedCall) -> None:
+        """Ask the write queue and the disk whether rows of a call's namespace depend on their batch."""
+        if call.source is None:
+            return
+        with _judging.raw:
+            queued = _judged.get((str(call.source.path), call.namespace))
+        if queued is not None:
+            self._verdicts.note(call.namespace, queued)
+            return
+        try:
+            self._fetch_from_store(call, [])
+        except Exception as error:  # noqa: BLE001 - no fault of a tier leaves a cached call
+            self._notices.error(error, 0)
 
     def _fetch_from_store(self, call: CachedCall, digests: Sequence[bytes]) -> tuple[list[Found], list[int]]:
         namespace, sink = call.namespace, call.sink
