@@ -232,6 +232,25 @@ def test_equal_rows_of_a_batch_are_computed_as_they_are_until_rows_are_known_to_
         assert stats_of(cached).bypasses["rows_depend_on_batch"] >= 4
 
 
+def test_what_differs_from_itself_is_taken_for_random_unless_a_name_vouches_for_it():
+    numbers = iter(range(1000))  # not read by the walk: a library's own generator is not either
+
+    class Counter:
+        @staticmethod
+        def draw():
+            return next(numbers)
+
+    def noisy(x):
+        return x + Counter.draw()
+
+    first, second, *_ = batches(8, 3)
+    for name, bypasses in ((None, {"random_numbers"}), ("noisy", set())):
+        cached = torchcache(persistent_module_hash=name, ignore=("numbers",) if name is None else ())(noisy)
+        got = cached(first)
+        assert torch.equal(cached(first), got) == (name is not None)
+        assert set(stats_of(cached).bypasses) == bypasses
+
+
 def test_a_module_that_takes_no_small_batch_is_checked_by_its_witness():
     def large_only(x):
         assert len(x) > 8

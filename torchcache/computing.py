@@ -256,6 +256,7 @@ class Computer:
         tensors = [*call.batch.tensors, *self._identity.parameters(), *leaves]
         computed = _at_positions(_rows_at(parts, own if is_whole and n < call.batch.n else range(n)), own)
         few: FewRows | None = None
+        leaves_witness = bool(own) and is_settled and not is_known and witness is None
         if is_settled and own and not (is_known and witness is None):
             apart = [
                 self._distance(call, witness.cached, row, parts)
@@ -268,7 +269,7 @@ class Computer:
                 allowed = tolerance(tensors, self._options().cache_dtype)
                 distance = self._distance_of_few(call, few, total, results, allowed)
                 if distance is not None and math.isnan(distance):
-                    effect = self._note_chance(call)
+                    effect, leaves_witness = self._note_chance(call), False
                 elif not few.are_copies or (distance or 0.0) > allowed:
                     apart.append(distance)
                 elif witness is None:
@@ -294,7 +295,7 @@ class Computer:
                     self._tiers.keep(call, item)
                 else:
                     self._tiers.replace(call, item)
-        if own and is_settled and not is_known and witness is None:
+        if leaves_witness:
             # Also where a plain value may be the batch size: one row more settles that.
             self._leave_witness(call, computed, few, total)
         is_whole = is_as_given and results.returns_as_given
