@@ -94,9 +94,8 @@ def _count_hits(outcome: Outcome, after: tuple[bytes, ...], place: dict[bytes, i
     """Compare what was computed with what had to be: by the cache's own count, and by what really ran."""
     new = set(after) - place.keys()
     ran = [sample for arguments in second.forwarded for sample in identify(arguments)]
-    again = {sample for sample in ran if sample in place}
-    is_checked = bool(new and again)  # copies of one row are the witness of check_rows
-    computed = max(len(again) - is_checked, second.misses - len(new), 0)
+    again = [sample for sample in ran if sample in place]
+    computed = max(len(again), second.misses - len(new), 0)
     outcome.expected = sum(sample in place for sample in after)
     outcome.hits = max(0, outcome.expected - computed)
     if computed:
