@@ -173,6 +173,8 @@ class Running:
         self._results: list[object] = []
         self._names["RESULTS"] = self._results
         options: dict[str, Any] = {"batch_dim": None} if self._place.kind == "call" else {}
+        if self._place.kind != "dataset":
+            options["check_rows"] = False  # each computed call is counted
         if directory is not None:
             options |= {"persistent": True, "persistent_cache_dir": directory, "flush_timeout_seconds": 60.0}
         if self._place.kind == "class" and is_cached:

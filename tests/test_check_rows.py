@@ -243,7 +243,7 @@ def test_what_differs_from_itself_is_taken_for_random_unless_a_name_vouches_for_
     def noisy(x):
         return x + Counter.draw()
 
-    first, second, *_ = batches(8, 3)
+    first, *_ = batches(8, 3)
     for name, bypasses in ((None, {"random_numbers"}), ("noisy", set())):
         cached = torchcache(persistent_module_hash=name, ignore=("numbers",) if name is None else ())(noisy)
         got = cached(first)
