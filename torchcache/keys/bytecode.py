@@ -150,7 +150,7 @@ class Reads:
 
     Attributes:
         names: Globals and builtins.
-        attributes: Attributes of anything.
+        attributes: Attributes of anything, and texts that may name one for ``getattr``.
         chains: Globals, each with the attributes that are read of it, of that, and so on.
         ends: Those of them that go on no further, and globals that are used as they are.
         imports: Level, module and names of each import.
@@ -170,6 +170,8 @@ def reads_of(code: types.CodeType) -> Reads:
     chains, ends = set[tuple[str, ...]](), set[tuple[str, ...]]()
     imports: dict[tuple[int, str, tuple[str, ...]], None] = {}
     for inner in all_codes(code):
+        if "getattr" in inner.co_names:
+            attributes.update(text for text in inner.co_consts if isinstance(text, str) and text.isidentifier())
         chain: tuple[str, ...] = ()  # how the object on top of the stack was come by
         recent: list[object] = [0, None]
         for instruction in dis.get_instructions(inner):
