@@ -17,6 +17,7 @@ from collections import OrderedDict, namedtuple
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 from zoneinfo import ZoneInfo
 
 import numpy as np
@@ -517,3 +518,34 @@ def test_calls_along_different_dimensions_share_nothing(tmp_path):
         for dim in (0, 1, None)
     }
     assert len(hashes) == 3
+
+
+class Mode(enum.Enum):
+    FAST = 1
+
+    def factor(self):
+        return 2
+
+
+class Setting(NamedTuple):
+    number: int
+
+    def factor(self):
+        return 2
+
+
+@pytest.mark.parametrize("wrap", [lambda value: value, lambda value: (value, 1)])
+@pytest.mark.parametrize("batch_dim", [0, None])
+@pytest.mark.parametrize("setting", [Mode.FAST, Setting(1)], ids=["enum", "named tuple"])
+def test_methods_of_a_plain_argument_count(setting, batch_dim, wrap, monkeypatch):
+    @torchcache(batch_dim=batch_dim)
+    def scaled(x, given):
+        holder = given[0] if type(given) is tuple else given
+        return x * holder.factor()
+
+    x = torch.ones(3, 2)
+    assert torch.equal(scaled(x, wrap(setting)), 2 * x)
+    assert torch.equal(scaled(x, wrap(setting)), 2 * x)
+    assert cache_of(scaled).stats().memory_hits > 0
+    monkeypatch.setattr(type(setting), "factor", lambda self: 3)
+    assert torch.equal(scaled(x, wrap(setting)), 3 * x)

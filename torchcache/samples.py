@@ -16,11 +16,10 @@ from torchcache.arguments import Argument, Tensors, Values, is_batch_of_texts, o
 from torchcache.call_results import CallResults
 from torchcache.errors import ConfigError, UncacheableError
 from torchcache.keys.digest import DIGEST_BYTES, combine, digest_parts
-from torchcache.keys.plain import encode_plain
 from torchcache.options import CacheOptions
 from torchcache.padding import PaddedResults, PaddedTensors, Spans
 from torchcache.results import Results
-from torchcache.shared_arguments import SharedArgument
+from torchcache.shared_arguments import SharedArgument, encode_plain_argument
 from torchcache.tensors import unsupported_kind
 
 AnyArgument = Argument | SharedArgument
@@ -84,7 +83,7 @@ class CallSignature:
         self._defaults = {
             p.name: encoded
             for p in parameters
-            if p.default is not p.empty and (encoded := encode_plain(p.default)) is not None
+            if p.default is not p.empty and (encoded := encode_plain_argument(p.name, p.name, p.default)) is not None
         }
 
     @classmethod
@@ -176,7 +175,7 @@ class CallSignature:
         if isinstance(value, torch.Tensor) and batch_dim is not None:
             arguments.append(Argument(name, place, [Tensors(name, value, batch_dim)]))
             return
-        encoded = encode_plain(value)
+        encoded = encode_plain_argument(name, place, value)
         if encoded is None:
             arguments.append(
                 SharedArgument(name, place, value)

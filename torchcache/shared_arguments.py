@@ -14,8 +14,9 @@ from torchcache.arguments import Tensors, refuse_module
 from torchcache.keys.code import CodeWalk, Name, is_own_class, is_own_module, walk_code
 from torchcache.keys.digest import digest_parts
 from torchcache.keys.operators import operators_at
+from torchcache.keys.plain import encode_plain
 from torchcache.keys.time_limit import TakesTooLongError
-from torchcache.keys.values import Observer, encode_value
+from torchcache.keys.values import Observer, classes_in, encode_value
 from torchcache.tensors import unsupported_kind
 
 
@@ -71,6 +72,14 @@ class SharedArgument:
     def _encode(self, seen: _Seen) -> bytes:
         encoded = encode_value(self._value, self.name, seen)
         return digest_parts([b"shared", encoded, *seen.codes()])
+
+
+def encode_plain_argument(name: str, place: int | str, value: object) -> bytes | None:
+    """Return the bytes of a plain argument, with code of the user's own that it brings; None for one that is not."""
+    encoded = encode_plain(value)
+    if encoded is None or not any(map(is_own_class, classes_in(value))):
+        return encoded
+    return SharedArgument(name, place, value).encode()
 
 
 def _copied(value: Any, depth: int) -> Any:  # noqa: ANN401 - of any kind

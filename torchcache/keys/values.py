@@ -207,9 +207,11 @@ class _Encoding:
 
     def encode(self, value: object, path: str) -> bytes:
         plain = encode_plain(value)
-        if plain is not None and isinstance(value, enum.Enum):
-            self.observer.note_code(type(value))
-            plain = None if attributes_of_member(value) else plain  # they are watched
+        if plain is not None and isinstance(value, enum.Enum | tuple):
+            for kind in classes_in(value):
+                self.observer.note_code(kind)
+            if isinstance(value, enum.Enum) and attributes_of_member(value):
+                plain = None  # they are watched
         if plain is not None:
             return plain
         return self.encode_in(_way_of(type(value)), value, path)
@@ -531,6 +533,17 @@ class _Encoding:
             return encode()
         finally:
             self.is_content = outer
+
+
+def classes_in(value: object) -> Iterator[type]:
+    """Yield the classes in a plain value whose methods code may call: of enum members and one's own named tuples."""
+    if isinstance(value, enum.Enum):
+        yield type(value)
+    elif isinstance(value, tuple):
+        if type(value) not in (tuple, torch.Size) and is_own_class(type(value)):
+            yield type(value)
+        for item in value:
+            yield from classes_in(item)
 
 
 def _is_function_of_library(value: object) -> bool:
