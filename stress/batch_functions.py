@@ -37,6 +37,7 @@ DEPENDENT: dict[str, Function] = {
     "stronger half": _stronger_half,
     "noise from the batch": _noise,
     "length": lambda x: torch.cat([x, torch.full((len(x), 1), float(len(x)))], 1),
+    "mean beside a mask": lambda x: torch.cat([x - x.mean(0), torch.full((len(x), 1), -1e9)], 1),
     "second dimension": lambda x: x @ x.T,
     "sum": lambda x: x.cumsum(0),
 }
