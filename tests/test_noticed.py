@@ -672,6 +672,15 @@ def test_a_name_to_ignore_that_is_not_there_raises_at_the_first_call():
         module(X)
 
 
+@pytest.mark.parametrize("statement", ["COUNTED.append(1)", "COUNTED[0] = 1", "COUNTED[0] += 1"])
+def test_what_is_only_counted_may_be_named_to_be_ignored(statement):
+    names = program(f"COUNTED = [0]\ndef count(x):\n    {statement}\n    return x * 2\n")
+    cached = torchcache(ignore=("COUNTED",))(names["count"])
+    assert torch.equal(cached(X), X * 2)
+    assert torch.equal(cached(X), X * 2)
+    assert cache_of(cached).stats().memory_hits == 4
+
+
 def test_locks_loggers_and_what_is_written_to_are_no_state(caplog):
     held = [threading.Lock(), logging.getLogger("x"), threading.Event(), open(os.devnull, "w")]  # noqa: PTH123, SIM115
     for handle in held:

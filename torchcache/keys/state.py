@@ -355,12 +355,12 @@ class _Snapshot(Observer):
         self._owner = root if not isinstance(root, nn.Module) else None  # what is looked at, if it is no module
         self._named = [] if walk is None else [
             name for name in walk.names
-            if (
+            if not self._is_ignored(name.key.removesuffix(DEFAULT), name.label)  # first: it is there, whatever it is
+            and (
                 name.counts_always
                 or not walk.writes.leave_out_name(name.key, is_container=_is_container(name.read()))
             )
             and (name.is_own or _is_constant_of_library(name.key, name.read()))
-            and not self._is_ignored(name.key.removesuffix(DEFAULT), name.label)
         ]  # fmt: skip
         self._modules: list[nn.Module] = []
         self._tensors: list[torch.Tensor] = []
