@@ -279,3 +279,14 @@ def test_the_ends_of_weights_on_a_device_are_compared(monkeypatch):
         optimizers[module].zero_grad()
 
     epochs(lambda: mlp().to(memory_format=torch.contiguous_format), train, ROWS)
+
+
+def test_a_write_just_before_weights_are_frozen_is_noticed_at_once():
+    module, x = torchcache(check_rows=False)(nn.Linear(64, 64)), torch.randn(8, 64)
+    with torch.no_grad():
+        module(x)
+        module.weight.data[20:40] -= 1.0
+        module.requires_grad_(False)
+        with disabled():
+            expected = module(x)
+        assert torch.equal(module(x), expected)

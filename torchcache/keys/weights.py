@@ -141,6 +141,8 @@ class Contents:
     def follow(self, tensors: Sequence[torch.Tensor]) -> None:
         """Compare with other tensors of the same marks from now on, or the same ones of which others require grad."""
         if list(map(_is_suspect, tensors)) != self._suspects:
+            # What required grad until now may have been written since the last call.
+            self._has_moved = self._has_moved or self._whole_differs()
             ends = self._ends
             self._divide(tensors)
             # What was not compared on a device may have moved since it was hashed.
@@ -156,9 +158,7 @@ class Contents:
         """
         if self._has_moved:
             return True
-        for memory, leaves in self._whole:
-            if digest_leaves(memory) != leaves:
-                self._has_moved = True
+        self._has_moved = self._whole_differs()
         self._bytes_left += _BYTES_IN_TURN + hashed_bytes // _HASHED_PER_BYTE_IN_TURN
         self._call = (self._call + 1) % _CALLS_PER_TURN
         if not self._call and self._frozen:
@@ -167,6 +167,10 @@ class Contents:
         if self._on_devices:
             self._has_moved = self._has_moved or _read_ends(self._on_devices) != self._ends
         return self._has_moved
+
+    def _whole_differs(self) -> bool:
+        """Compare all of what is compared whole."""
+        return any(digest_leaves(memory) != leaves for memory, leaves in self._whole)
 
     def _share_differs(self) -> bool:
         """Compare the next share of the frozen tensors, once around at most."""
