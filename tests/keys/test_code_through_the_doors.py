@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from torchcache import CachedDataset, cache_of, torchcache
 from torchcache.keys import time_limit
-from torchcache.keys.code import is_own_class, walk_code
+from torchcache.keys.code import is_own_class, is_own_module, walk_code
 from torchcache.reasons import REMEDIES
 
 ROOT = Path(__file__).parents[2]
@@ -404,3 +404,22 @@ def test_what_takes_too_long_to_look_at_goes_around_the_cache_and_says_so_once(d
 
 def test_how_long_a_look_may_take_is_what_is_said():
     assert f"{time_limit.MOST_SECONDS:.0f} seconds" in REMEDIES["takes_too_long"]
+
+
+def test_no_loaded_module_of_torch_is_the_users_own():
+    """Those made by C have no file, and what stands in for a module has a bare name in its place."""
+    of_torch = [name for name, module in sys.modules.items() if name.startswith("torch.") and module is not None]
+    assert [name for name in of_torch if is_own_module(name)] == []
+
+
+def test_code_that_asks_for_a_module_by_a_name_of_the_moment_is_cached():
+    names = run("""
+import importlib
+NAMES = {"a": "math"}
+def target(x, key="a"):
+    return x * importlib.import_module(NAMES[key]).pi
+""")
+    cached = torchcache()(names["target"])
+    assert torch.equal(cached(X), cached(X))
+    stats = cache_of(cached).stats()
+    assert (stats.memory_hits, dict(stats.bypasses)) == (len(X), {})

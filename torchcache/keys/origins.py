@@ -98,9 +98,11 @@ def origin_of_module(module: str | None) -> str | None:
         return None
     if module in sys.builtin_module_names:
         return STANDARD
-    if type(loaded).__module__ == "torch._ops":  # torch.ops, which says that its file is one in the working directory
-        return "torch"
-    origin = origin_of_file(_path_of(loaded))
+    path = _path_of(loaded)
+    package = module.rpartition(".")[0] if isinstance(module, str) else ""
+    if package in sys.modules and not Path(path).is_absolute():  # of C, or as torch.ops, whose file is a bare name
+        return origin_of_module(package)
+    origin = origin_of_file(path)
     # A profiler or debugger of the standard library runs the user's script under its own name.
     return None if origin == STANDARD and module in ("__main__", "__mp_main__") else origin
 
