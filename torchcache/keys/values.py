@@ -40,7 +40,15 @@ import torch
 
 import torchcache.keys.registered  # noqa: F401 - what it registers is found from here
 from torchcache.keys.attributes import adds_attributes_only, attributes_of
-from torchcache.keys.code import StandIn, fingerprint_code, is_bound_to_object, is_own_class, unwrap, walk_code
+from torchcache.keys.code import (
+    StandIn,
+    fingerprint_code,
+    is_bound_to_object,
+    is_own_class,
+    is_own_module,
+    unwrap,
+    walk_code,
+)
 from torchcache.keys.digest import digest_bytes, digest_of_leaves, digest_parts
 from torchcache.keys.plain import attributes_of_member, encode_plain, type_name
 from torchcache.keys.registry import Encode, Registration, count_registered, find_part, find_registration
@@ -384,8 +392,10 @@ class _Encoding:
         return digest_parts([named, self.encode(value.__self__, f"{path}.__self__")])
 
     def python_module(self, value: types.ModuleType, path: str) -> bytes:
-        """Encode a module of Python by its name, and one that is not imported under it by what it holds."""
-        if sys.modules.get(value.__name__) is value:
+        """Encode a module of Python by its name, and one of one's own that is not imported under it by what it holds."""
+        imported = sys.modules.get(value.__name__)
+        # A library may put another module in the place of its own, as transformers does.
+        if imported is value or (imported is not None and not is_own_module(value.__name__)):
             return self.named(value, path)
         names = [name for name in vars(value) if not name.startswith("__")]
         if not self.is_content:
