@@ -392,7 +392,7 @@ class _Encoding:
         return digest_parts([named, self.encode(value.__self__, f"{path}.__self__")])
 
     def python_module(self, value: types.ModuleType, path: str) -> bytes:
-        """Encode a module of Python by its name, and one of one's own that is not imported under it by what it holds."""
+        """Encode a module of Python by its name, and an own one that is not imported under it by what it holds."""
         imported = sys.modules.get(value.__name__)
         # A library may put another module in the place of its own, as transformers does.
         if imported is value or (imported is not None and not is_own_module(value.__name__)):
