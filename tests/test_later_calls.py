@@ -90,10 +90,10 @@ def test_a_result_that_does_not_fit_the_batch_is_returned_later(kind, n_good, ca
         assert type(result) is type(expected)
         if isinstance(expected, torch.Tensor):
             assert torch.equal(result, expected)
-    # The second batch has one row more, and what it comes to then speaks against all of its namespace.
-    reason = "unsupported_result" if n_good > 1 else "rows_depend_on_batch"
-    assert bypasses(cached) == {reason: 2}
-    assert caplog.text.count("the cache is bypassed") == 1
+    # A second batch carries a row more, and is tried again without it.
+    reasons = ["unsupported_result"] if n_good > 1 else ["other_batch_failed", "unsupported_result"]
+    assert bypasses(cached) == dict.fromkeys(reasons, 2 // len(reasons))
+    assert caplog.text.count("the cache is bypassed") == len(reasons)
 
 
 def test_a_later_misfit_of_a_padded_batch_is_returned():

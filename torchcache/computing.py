@@ -424,9 +424,6 @@ class Computer:
         if _is_out_of_memory(failure):
             self._verdicts.note(call.namespace, None)  # one row more did not fit: not to be tried again
             return self._give_back("out_of_memory", call, result)
-        if call.batch.n == 1:
-            self._verdicts.note_single(call.namespace)
-            return self._give_back("one_sample_at_a_time", call, result)
         if self._verdicts.of(call.namespace) is Verdict.INDEPENDENT:
             self._verdicts.note(call.namespace, Verdict.INDEPENDENT)  # the witness is not to be tried again
             self._notices.fault(
@@ -459,7 +456,8 @@ class Computer:
 
     def _find_witness(self, call: CachedCall) -> Witness | None:
         """Return the row with which this batch can be checked, if it is still to be checked."""
-        if not call.batch.is_divisible or (call.batch.n == 1 and self._verdicts.is_single(call.namespace)):
+        # What is computed alone is served to batches of one, so there is nothing to find out.
+        if not call.batch.is_divisible or call.batch.n == 1:
             return None
         witness = self._verdicts.witness(call.namespace)
         if witness is None or witness.marks != self._identity.marks():

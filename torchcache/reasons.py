@@ -31,7 +31,6 @@ REMEDIES = {
     "other_length_failed": "a row could not be computed with another padding, or nothing came of it but zeros, so it "
     "is not known what of its result follows the length; it is tried again. The mask must say what is real, not what "
     "is padding",
-    "one_sample_at_a_time": "the module takes one sample at a time only; it is cached from now on",
     "random_numbers": "random numbers were drawn while the call ran, so its result may not be a function of its input",
     "input_changed_in_place": "the call changes its input, as inplace=True in its first layer, dict.pop or "
     "BatchEncoding.to() do, and a hit would leave it as it is; set inplace=False, copy or move the input before the "

@@ -180,7 +180,6 @@ class Verdicts:
         # Guarded by _lock:
         self._verdicts: OrderedDict[bytes, Verdict | None] = OrderedDict()  # None: it cannot be found out
         self._witnesses: OrderedDict[bytes, Witness] = OrderedDict()
-        self._singles: OrderedDict[bytes, None] = OrderedDict()  # namespaces that refused a batch of two
         self._vacuous: OrderedDict[bytes, int] = OrderedDict()  # comparisons that proved nothing
         # Computed calls in a row with an effect beside their result, and which the last one had.
         self._effects: OrderedDict[bytes, tuple[int, str]] = OrderedDict()
@@ -274,18 +273,6 @@ class Verdicts:
         if count >= _VACUOUS_CHECKS:
             self.note(namespace, None)
 
-    def note_single(self, namespace: bytes) -> None:
-        """Remember that a batch of two was refused: batches of one are not to be extended again."""
-        with self._lock.raw:
-            self._singles[namespace] = None
-            if len(self._singles) > _MOST_NAMESPACES:
-                self._singles.popitem(last=False)
-
-    def is_single(self, namespace: bytes) -> bool:
-        """Tell whether a batch of two was refused."""
-        with self._lock.raw:
-            return namespace in self._singles
-
     def witness(self, namespace: bytes) -> Witness | None:
         """Return the witness that an earlier batch left."""
         with self._lock.raw:
@@ -303,7 +290,6 @@ class Verdicts:
         with self._lock.raw:
             self._verdicts.clear()
             self._witnesses.clear()
-            self._singles.clear()
             self._effects.clear()
             self._changing.clear()
             self._alone.clear()
