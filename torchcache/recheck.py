@@ -167,6 +167,13 @@ class FewRows:
         return Found(range(len(alike)), value.layout, np.concatenate(alike))
 
 
+def _remember(namespaces: OrderedDict[bytes, None], namespace: bytes) -> None:
+    """Add a namespace to some, of which the oldest are forgotten."""
+    namespaces[namespace] = None
+    if len(namespaces) > _MOST_NAMESPACES:
+        namespaces.popitem(last=False)
+
+
 class Verdicts:
     """What is known of namespaces: whether their rows depend on their batch, and a witness to find out.
 
@@ -236,16 +243,12 @@ class Verdicts:
     def note_changed_input(self, namespace: bytes) -> None:
         """Remember that a call changed its input: no call of the namespace is cached from then on."""
         with self._lock.raw:
-            self._changing[namespace] = None
-            if len(self._changing) > _MOST_NAMESPACES:
-                self._changing.popitem(last=False)
+            _remember(self._changing, namespace)
 
     def note_alone(self, namespace: bytes) -> None:
         """Remember that a call was computed in a job of several ranks without anything that they do together."""
         with self._lock.raw:
-            self._alone[namespace] = None
-            if len(self._alone) > _MOST_NAMESPACES:
-                self._alone.popitem(last=False)
+            _remember(self._alone, namespace)
 
     def is_alone(self, namespace: bytes) -> bool:
         """Tell whether ``note_alone`` was told so."""
@@ -255,9 +258,7 @@ class Verdicts:
     def note_repeated(self, namespace: bytes) -> None:
         """Remember that a row came back the same in two batches of copies of itself, of two sizes."""
         with self._lock.raw:
-            self._repeated[namespace] = None
-            if len(self._repeated) > _MOST_NAMESPACES:
-                self._repeated.popitem(last=False)
+            _remember(self._repeated, namespace)
 
     def is_repeated(self, namespace: bytes) -> bool:
         """Tell whether ``note_repeated`` was told so."""

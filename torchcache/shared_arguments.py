@@ -16,7 +16,7 @@ from torchcache.keys.digest import digest_parts
 from torchcache.keys.operators import operators_at
 from torchcache.keys.plain import encode_plain
 from torchcache.keys.time_limit import TakesTooLongError
-from torchcache.keys.values import Observer, classes_in, encode_value
+from torchcache.keys.values import BRINGS_CODE, Observer, classes_in, encode_value
 from torchcache.tensors import unsupported_kind
 
 
@@ -77,7 +77,7 @@ class SharedArgument:
 def encode_plain_argument(name: str, place: int | str, value: object) -> bytes | None:
     """Return the bytes of a plain argument, with code of the user's own that it brings; None for one that is not."""
     encoded = encode_plain(value)
-    if encoded is None or not any(map(is_own_class, classes_in(value))):
+    if encoded is None or not isinstance(value, BRINGS_CODE) or not any(map(is_own_class, classes_in(value))):
         return encoded
     return SharedArgument(name, place, value).encode()
 

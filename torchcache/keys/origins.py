@@ -100,7 +100,7 @@ def origin_of_module(module: str | None) -> str | None:
         return STANDARD
     path = _path_of(loaded)
     package = module.rpartition(".")[0] if isinstance(module, str) else ""
-    if package in sys.modules and not Path(path).is_absolute():  # of C, or as torch.ops, whose file is a bare name
+    if package in sys.modules and os.sep not in path:  # of C, or as torch.ops, whose file is a bare name
         return origin_of_module(package)
     origin = origin_of_file(path)
     # A profiler or debugger of the standard library runs the user's script under its own name.

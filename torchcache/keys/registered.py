@@ -183,8 +183,10 @@ _OF_LIBRARIES: dict[tuple[str, str], Encode] = {
     ("pandas", "Series"): _series,
     ("pandas", "Index"): _index,
     ("pandas", "NDArrayBacked"): _backed_array,
-    **{("pandas", name): _without_cache for name in ("BaseMaskedArray", "BaseMaskedDtype")},
-    **{("pandas", name): _without_cache for name in ("CategoricalDtype", "DatetimeTZDtype")},
+    **{
+        ("pandas", name): _without_cache
+        for name in ("BaseMaskedArray", "BaseMaskedDtype", "CategoricalDtype", "DatetimeTZDtype")
+    },
     ("pandas", "ArrowExtensionArray"): lambda value: (value.dtype, value.__arrow_array__()),
     ("pandas", "NAType"): repr,
     **{("pyarrow", name): _arrow_table for name in ("Table", "RecordBatch")},

@@ -215,7 +215,7 @@ class _Encoding:
 
     def encode(self, value: object, path: str) -> bytes:
         plain = encode_plain(value)
-        if plain is not None and isinstance(value, enum.Enum | tuple):
+        if plain is not None and isinstance(value, BRINGS_CODE):
             for kind in classes_in(value):
                 self.observer.note_code(kind)
             if isinstance(value, enum.Enum) and attributes_of_member(value):
@@ -543,6 +543,10 @@ class _Encoding:
             return encode()
         finally:
             self.is_content = outer
+
+
+#: Plain values of these may be of a class with methods of the user's own, or hold such a value.
+BRINGS_CODE = (enum.Enum, tuple)
 
 
 def classes_in(value: object) -> Iterator[type]:
