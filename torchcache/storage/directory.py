@@ -160,7 +160,10 @@ class CacheDirectory:
         Once made, that one stays in use when those files are removed.
         """
         beside = f"{name}.beside-0.6"
-        if self.is_ours(name):
+        try:
+            if self.is_ours(name):
+                return name
+        except PermissionError:  # who opens it says whose it is
             return name
         if _holds_files_of_0_6(self.path / name):
             warn_once(
