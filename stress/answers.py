@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,8 +70,7 @@ class Answers(nn.Module):
         self.salt: object = None
 
     def forward(self, a: Any, b: Any = None, c: Any = 0, *, d: Any = None, **more: Any) -> Any:  # noqa: ANN401
-        # Not called by its name: the walk over the code would take most of the time, and it is not the matter here.
-        return sys.modules["stress.answers"].answer(self, {"a": a, "b": b, "c": c, "d": d, **more}, list(more))
+        return answer(self, {"a": a, "b": b, "c": c, "d": d, **more}, list(more))
 
 
 class Sums(nn.Module):
