@@ -65,6 +65,8 @@ REMEDIES = {
     "cache it through a function or module of your own under persistent_module_hash",
     "uninitialized_parameters": "lazy parameters get their values in the first call",
     "global_module_hooks": "hooks on all modules are registered, and they do not run on hits",
+    "parametrizations_held": "torch.nn.utils.parametrize.cached() holds weights that it computed before, whatever was "
+    "written since; call the module outside of it",
     "torch_dispatch_mode": "a TorchDispatchMode is active, which sees and may change every operation",
     "torch_function_mode": "a TorchFunctionMode is active, which sees and may change every operation",
     "out_of_memory": "there is no memory for a copy of the batch",

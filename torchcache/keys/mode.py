@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn.modules import module as torch_module
+from torch.nn.utils import parametrize
 from torch.overrides import _get_current_function_mode_stack
 from torch.utils._device import DeviceContext
 
@@ -94,7 +95,9 @@ def ambient_reason() -> str | None:
     """Say why nothing can be cached where the call is made, or None."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:  # noqa: SLF001
         return "global_module_hooks"  # they run on inner modules too, and may change what these return
-    if torch._C._len_torch_dispatch_stack():  # noqa: SLF001 - torch has no public question
+    if parametrize._cache:  # noqa: SLF001 - torch has no public question
+        return "parametrizations_held"
+    if torch._C._len_torch_dispatch_stack():  # noqa: SLF001 - nor here
         return "torch_dispatch_mode"
     if any(not isinstance(mode, DeviceContext) for mode in _function_modes()):
         return "torch_function_mode"
