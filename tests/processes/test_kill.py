@@ -53,7 +53,7 @@ def kill_while(work, delay_seconds: float, *args: object) -> list[int]:
     os.close(acknowledge)
     select.select([], [], [], delay_seconds)  # the instant of death is what is random here
     os.kill(pid, signal.SIGKILL)
-    assert wait_for(pid, 10) == -signal.SIGKILL, "the writer failed before it was killed"
+    assert wait_for(pid, 60) == -signal.SIGKILL, "the writer failed before it was killed"
     told = b""
     while part := os.read(reader, 1 << 16):
         told += part
@@ -142,13 +142,13 @@ def test_members_of_a_crowd_may_be_killed_while_the_others_read_and_write(root):
             select.select([], [], [], 0.08)
             victim = rng.choice(list(running))
             os.kill(victim, signal.SIGKILL)
-            assert wait_for(victim, 10) == -signal.SIGKILL, "it failed before it was killed"
+            assert wait_for(victim, 60) == -signal.SIGKILL, "it failed before it was killed"
             replaced = running.pop(victim)
             running[start(number // 2 * 2 + replaced % 2)] = replaced
     finally:
         for pid in running:
             os.kill(pid, signal.SIGKILL)
-        endings = [wait_for(pid, 10) for pid in running]
+        endings = [wait_for(pid, 60) for pid in running]
     assert endings == [-signal.SIGKILL] * 8
     store = open_store(root)
     put(store, [digest_of(-1)])
