@@ -24,10 +24,12 @@ from xxhash import xxh3_128_digest
 from benchmarks._tables import write_table
 from benchmarks.workload import BenchmarkError
 from torchcache.layout import Layout, Leaf, Rows
+from torchcache.storage.contract import StoreSettings
 from torchcache.storage.directory import CacheDirectory
 from torchcache.storage.environment import shared_environment
-from torchcache.storage.lmdb import LmdbStore, Namespace, StoreSettings, _read_namespace
+from torchcache.storage.lmdb import LmdbStore
 from torchcache.storage.record import pack_rows, unpack_many
+from torchcache.storage.table import Namespace, read_namespace
 
 NAMESPACE = bytes(range(16))
 PREFIX = bytes(4)
@@ -53,7 +55,7 @@ class PlainRecords:
     def __init__(self, path: Path) -> None:
         self.path = path
         directory = CacheDirectory(path.parent)
-        self._environment = shared_environment(directory, path.name, 1 << 36)
+        self._environment = shared_environment(directory, path.name, StoreSettings(max_persistent_cache_size=1 << 36))
         with directory.turn(1.0):
             self._environment.ensure(lambda _: True)
 
@@ -68,7 +70,7 @@ class PlainRecords:
     def get(self, digests: Sequence[bytes]) -> int:
         """Copy out one batch; return how many rows were found."""
         with self._environment.reading() as txn:
-            _read_namespace(txn, NAMESPACE)
+            read_namespace(txn, NAMESPACE)
             found, _, _ = unpack_many(NAMESPACE, digests, [txn.get(PREFIX + digest) for digest in digests])
         return sum(len(item.positions) for item in found)
 
@@ -82,7 +84,9 @@ class Segments:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._store = LmdbStore(CacheDirectory(path.parent), path.name, StoreSettings(budget_bytes=1 << 36))
+        self._store = LmdbStore(
+            CacheDirectory(path.parent), path.name, StoreSettings(max_persistent_cache_size=1 << 36)
+        )
 
     def put(self, rows: Rows) -> None:
         """Commit one batch."""

@@ -184,13 +184,13 @@ def run(args: argparse.Namespace) -> int:
 
 def check_of(module: nn.Module) -> Callable[[], object]:
     """Return what a call does to name the present state and to see that it may be cached."""
-    cache = cache_of(module)
-    return lambda: cache._look().reason or cache._grad_reason()
+    state = cache_of(module)._core.caller.state
+    return lambda: state.look().reason or state.reason_of_gradients()
 
 
 def comparison_of(module: nn.Module) -> Callable[[], object]:
     """Return the part of the check that compares with what was seen last."""
-    return cache_of(module)._identity.has_moved
+    return cache_of(module)._core.identity.has_moved
 
 
 def full_walk_of(module: nn.Module) -> Callable[[], object]:
@@ -204,13 +204,13 @@ def assert_sees_a_change(module: nn.Module) -> None:
     Raises:
         BenchmarkError: If the check does not see a weight that changed, or sees one that did not.
     """
-    look = cache_of(module)._look
+    look = cache_of(module)._core.caller.state.look
     before = look()
     if before.reason is not None or look() != before:
         raise BenchmarkError(f"the state does not stand still: {before}")
     weight = next(module.parameters())
     weight.data.add_(1.0)  # through .data: torch's version counter does not move
-    if look().namespace == before.namespace:
+    if look().fingerprint == before.fingerprint:
         raise BenchmarkError("the check does not see that a weight changed")
     weight.data.sub_(1.0)
     look()
@@ -232,14 +232,15 @@ def print_full_hash() -> None:
     """Hash all weights of a real ViT-B, again and again, and print how fast."""
     module = torchcache()(VisionTransformer(REAL))
     cache = cache_of(module)
+    state = cache._core.caller.state
     n = sum(p.numel() for p in module.parameters())
     n_bytes = sum(p.nbytes for p in module.parameters())
-    cache._look()
+    state.look()
     seconds = []
     for _ in range(FULL_HASHES):
         cache.refresh()
         started = time.perf_counter()
-        cache._look()
+        state.look()
         seconds.append(time.perf_counter() - started)
     low, middle, high = (n_bytes / s / 1e9 for s in spread(seconds)[::-1])
     print(

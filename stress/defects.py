@@ -6,20 +6,26 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from torchcache import arguments, call_results, padding
-from torchcache.changed_inputs import InputWatch
-from torchcache.computing import Computer
-from torchcache.draws import Draws
-from torchcache.keys import mode, values, watched
+from torchcache.checks.changed_inputs import InputWatch
+from torchcache.checks.draws import Draws
+from torchcache.checks.few_rows import Comparison, SmallBatches
+from torchcache.inputs import arguments, leaves
+from torchcache.inputs.batch import Batch
+from torchcache.inputs.leaves import Tensors
+from torchcache.inputs.padded import PaddedTensors
+from torchcache.inputs.shared import SharedArgument
+from torchcache.keys import values
 from torchcache.keys.attributes import attributes_of
 from torchcache.keys.digest import digest_rows
+from torchcache.keys.encoders import containers, objects, tensors
+from torchcache.keys.fast import mode
+from torchcache.keys.in_turn import ContainersInTurn
+from torchcache.keys.tensors import flat_bytes
 from torchcache.keys.watched import Watched
 from torchcache.keys.weights import Contents
-from torchcache.memory import MemoryTier
-from torchcache.samples import Batch
-from torchcache.shared_arguments import SharedArgument
-from torchcache.structure import Tree
-from torchcache.tensors import flat_bytes
+from torchcache.results.tree import Tree
+from torchcache.results.values import ArrayValue
+from torchcache.tiers.memory import MemoryTier
 
 
 def _blind() -> None:
@@ -52,23 +58,24 @@ def _wrong_value() -> None:
     calls = iter(range(1 << 60))
 
     def get_many(self: MemoryTier, namespace: bytes, digests: list[bytes]) -> object:
-        found, missing = true_get(self, namespace, digests)
-        if next(calls) % 5 == 4 and found and len(found[0].positions) > 1:
-            found[0].data[0] = found[0].data[-1]
-        return found, missing
+        lookup = true_get(self, namespace, digests)
+        if next(calls) % 5 == 4 and lookup.found and len(lookup.found[0].positions) > 1:
+            first = lookup.found[0].data
+            first[0] = first[-1]
+        return lookup
 
     MemoryTier.get_many = get_many  # type: ignore[method-assign,assignment]
 
 
 def _short_sighted() -> None:
     """Let the key see only the beginning of each row."""
-    true_digests = arguments.digest_rows
+    true_digests = leaves.digest_rows
 
     def digest_rows(data: memoryview, n: int) -> list[bytes]:
         width = len(data) // n
         return true_digests(memoryview(b"".join(data[i * width : i * width + width // 2] for i in range(n))), n)
 
-    arguments.digest_rows = digest_rows  # type: ignore[attr-defined]
+    leaves.digest_rows = digest_rows  # type: ignore[attr-defined]
 
 
 def _no_containers() -> None:
@@ -82,7 +89,7 @@ def _no_containers() -> None:
 
 def _padding_counts() -> None:
     """Let the key depend on what a batch is padded with, and how far."""
-    padding.PaddedTensors.digests = arguments.Tensors.digests  # type: ignore[method-assign]
+    PaddedTensors.digests = Tensors.digests  # type: ignore[method-assign]
 
 
 def _no_unbatched() -> None:
@@ -92,7 +99,7 @@ def _no_unbatched() -> None:
 
 def _first_dimension() -> None:
     """Let the key take rows for samples wherever the batch lies."""
-    arguments.Tensors.digests = lambda self, n: digest_rows(flat_bytes(self.tensor), n)  # type: ignore[method-assign]
+    Tensors.digests = lambda self, n: digest_rows(flat_bytes(self.tensor), n)  # type: ignore[method-assign]
 
 
 def _keys_alone() -> None:
@@ -120,26 +127,25 @@ def _trusting() -> None:
 def _mask_blind() -> None:
     """Let a masked array count by its data alone."""
     values._KINDS = tuple(entry for entry in values._KINDS if entry[0] is not np.ma.MaskedArray)
-    values._NOTES_OF_MASKED_ARRAYS = frozenset()
-    values.attributes_of = lambda value: None if isinstance(value, np.ndarray) else attributes_of(value)  # type: ignore[attr-defined]
+    containers._NOTES_OF_MASKED_ARRAYS = frozenset()
+    objects.attributes_of = lambda value: None if isinstance(value, np.ndarray) else attributes_of(value)  # type: ignore[attr-defined]
 
 
 def _first_share() -> None:
     """Let large containers be compared as far as one look goes."""
-    watched._ContainersInTurn.have_moved = lambda self: False  # type: ignore[method-assign] # noqa: ARG005
+    ContainersInTurn.have_moved = lambda self: False  # type: ignore[method-assign] # noqa: ARG005
 
 
 def _frozen_generators() -> None:
     """Let what is drawn from generators in the state go unnoticed."""
     true_init = Draws.__init__
     Draws.__init__ = lambda self, generators: true_init(self, [])  # type: ignore[method-assign] # noqa: ARG005
-    values._is_seeded = lambda value: False  # noqa: ARG005
+    tensors.is_seeded = lambda value: False  # type: ignore[attr-defined] # noqa: ARG005
 
 
 def _plain_results() -> None:
     """Let results be kept as what they are derived from."""
-    true_is_leaf = call_results._is_leaf
-    call_results._is_leaf = lambda value: isinstance(value, np.ndarray) or true_is_leaf(value)
+    ArrayValue.fits = classmethod(lambda cls, value: isinstance(value, np.ndarray))  # type: ignore[method-assign] # noqa: ARG005 - as the true one
 
 
 def _marks_only() -> None:
@@ -159,7 +165,7 @@ def _careless() -> None:
 
 def _witness_only() -> None:
     """Let rows be checked by the witness alone."""
-    Computer._distance_of_few = lambda *_: 0.0  # type: ignore[method-assign]
+    SmallBatches.compare = lambda *_: Comparison(0.0)  # type: ignore[method-assign]
 
 
 DEFECTS: dict[str, Callable[[], None]] = {

@@ -55,6 +55,28 @@ class Outcome:
     wrongs: list[tuple[str, str]] = field(default_factory=list)
 
 
+def compare_keys(
+    outcome: Outcome, place: Mapping[Any, int], after: Sequence[Any], first: Sequence[str], second: Sequence[str]
+) -> None:
+    """Note which samples of the second call share a key wrongly, and which wrongly share none.
+
+    Args:
+        outcome: What is noted on.
+        place: Where each sample of the first call is, of which the second has the key.
+        after: The samples of the second call.
+        first: The keys of the first call, by place.
+        second: The keys of the second call.
+    """
+    known = set(first)
+    for i, sample in enumerate(after):
+        j = place.get(sample)
+        if j is None and second[i] in known:
+            outcome.wrongs.append(("shared", f"sample {i} has the key of a sample that is another one"))
+        if j is not None and second[i] != first[j]:
+            which = "namespace" if second[i].split()[0] != first[j].split()[0] else "digest"
+            outcome.wrongs.append(("apart", f"sample {i} is sample {j} of the first call, but for its {which}"))
+
+
 class Kind(Protocol):
     """One way to differ or to be the same."""
 

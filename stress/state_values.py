@@ -85,6 +85,9 @@ def _sub(base: str) -> str:
     return f"class Sub({base}):\n    pass"
 
 
+_UNIT = "class Unit:\n    def __init__(self, a):\n        self.a = a"
+
+
 #: A change in a large container is noticed within so many calls.
 _MOST_CALLS = 64
 
@@ -123,6 +126,23 @@ _PANDAS = _group(
     Value("pandas DataFrame subclass with an attribute", "Frame.of(v)", "value.unit", "value.unit = v",
           setup="class Frame(pd.DataFrame):\n    _metadata = ['unit']\n\n    @classmethod\n    def of(cls, v):\n"
                 "        frame = cls({'a': [1]})\n        frame.unit = v\n        return frame"),
+    Value("pandas DataFrame with an attribute", "with_unit(pd.DataFrame({'a': [1]}), v)", "value.unit",
+          "value.unit = v"),
+    Value("pandas DataFrame with an object hung on it", "with_unit(pd.DataFrame({'a': [1]}), Unit(v))", "value.unit.a",
+          "value.unit.a = v", setup=_UNIT),
+    Value("pandas DataFrame subclass, attribute beside _metadata", "with_unit(Sub({'a': [1]}), v)", "value.unit",
+          "value.unit = v", setup=_sub("pd.DataFrame")),
+    Value("pandas Series with an attribute", "with_unit(pd.Series([1]), v)", "value.unit", "value.unit = v"),
+    Value("pandas Index with an attribute", "with_unit(pd.Index([1, 2]), v)", "value.unit", "value.unit = v"),
+    Value("pandas RangeIndex with an attribute", "with_unit(pd.RangeIndex(3), v)", "value.unit", "value.unit = v"),
+    Value("pandas MultiIndex with an attribute", "with_unit(pd.MultiIndex.from_tuples([(1, 2)]), v)", "value.unit",
+          "value.unit = v"),
+    Value("pandas DatetimeIndex with an attribute", "with_unit(pd.DatetimeIndex(['2000-01-01']), v)", "value.note",
+          "value.note = v", setup="def with_unit(value, v):\n    value.note = v\n    return value"),
+    Value("pandas Categorical with an attribute", "with_unit(pd.Categorical(['a']), v)", "value.unit",
+          "value.unit = v"),
+    Value("pandas Categorical subclass with an attribute", "with_unit(Sub(['a']), v)", "value.unit", "value.unit = v",
+          setup=_sub("pd.Categorical")),
     Value("dict of DataFrames", "{'t': pd.DataFrame({'a': [v]})}", "value['t']['a'].iloc[0]",
           "value['t'].loc[0, 'a'] = v"),
     Value("list of Series", "[pd.Series([1.0]), pd.Series([float(v)])]", "value[1].iloc[0]", "value[1].iloc[0] = v"),
@@ -162,6 +182,8 @@ _PANDAS = _group(
     Value("pandas Period", "pd.Period(f'2000-01-{v:02}', freq='D')", "value.day"),
     Value("pandas Interval", "pd.Interval(0, v)", "value.right"),
     Value("pandas offset", "pd.offsets.Hour(v)", "value.n"),
+    Value("pandas business day, holidays", "pd.offsets.CustomBusinessDay(holidays=[f'2000-01-{v:02}'])",
+          "value.holidays[0].astype(int)"),
     Value("pandas groupby", "pd.DataFrame({'k': [0, 0], 'a': [v, v]}).groupby('k')",
           "value['a'].mean().iloc[0]", is_seen=False, is_lazy=True),
     Value("pandas rolling window", "pd.Series(np.arange(40.0)).rolling(v)", "value.sum().iloc[39]",
@@ -250,6 +272,14 @@ _TORCH = _group(
     "import torch\nfrom torch import nn",
     Value("tensor", "torch.tensor([float(v), 1.0])", "value[0]", "value[0] = v"),
     Value("tensor with an attribute", "with_unit(torch.ones(2), v)", "value.unit", "value.unit = v"),
+    Value("tensor of one element with an object hung on it", "with_unit(torch.ones(1), Unit(v))", "value.unit.a",
+          "value.unit.a = v", setup=_UNIT),
+    Value("tensor with an object hung on it", "with_unit(torch.ones(2), Unit(v))", "value.unit.a", "value.unit.a = v",
+          setup=_UNIT),
+    Value("nn.Parameter of one element with an object hung on it",
+          "with_unit(nn.Parameter(torch.ones(1), requires_grad=False), Unit(v))", "value.unit.a", "value.unit.a = v",
+          setup=_UNIT),
+    Value("tensor of one element", "torch.tensor([float(v)])", "value[0]", "value[0] = v"),
     Value("tensor subclass", "torch.tensor([float(v), 1.0]).as_subclass(Sub)", "value[0]",
           "with torch.no_grad():\n    value[0] = v", setup=_sub("torch.Tensor"), is_seen=False),
     Value("tensor subclass with an attribute", "with_unit(torch.ones(2).as_subclass(Sub), v)", "value.unit",
@@ -272,7 +302,14 @@ _PILLOW = _group(
     "import io\n\nfrom PIL import Image, ImageFilter\n\n\ndef saved(v):\n    file = io.BytesIO()\n"
     "    Image.new('L', (2, 2), v).save(file, 'png')\n    return Image.open(io.BytesIO(file.getvalue()))\n\n\n"
     "def with_palette(v):\n    image = Image.new('P', (2, 2))\n    image.putpalette([v, 1, 1])\n    return image\n\n\n"
-    "def with_info(v):\n    image = Image.new('L', (2, 2))\n    image.info['duration'] = v\n    return image",
+    "def with_info(v):\n    image = Image.new('L', (2, 2))\n    image.info['duration'] = v\n    return image\n\n\n"
+    "def with_exif(image, *numbers):\n    for v in numbers:\n        image.getexif()[274] = v\n    return image\n\n\n"
+    "def with_place(image, v):\n    image.getexif().get_ifd(34853)[6] = v\n    return image\n\n\n"
+    "def photo(form, **options):\n    file = io.BytesIO()\n"
+    "    Image.new('L', (4, 2)).save(file, form, **options)\n    image = Image.open(io.BytesIO(file.getvalue()))\n"
+    "    image.getexif()\n    image.load()\n    return image\n\n\n"
+    "def tagged(v):\n    exif = Image.Exif()\n    exif[274] = v\n    return photo('jpeg', exif=exif)\n\n\n"
+    "def named(v):\n    image = photo('png')\n    image.filename = f'f{v}'\n    return image",
     Value("PIL image", "Image.new('L', (2, 2), v)", "value.getpixel((0, 0))", "value.putpixel((0, 0), v)"),
     Value("PIL image, palette", "with_palette(v)", "value.convert('RGB').getpixel((0, 0))[0]",
           "value.putpalette([v, 1, 1])"),
@@ -281,6 +318,34 @@ _PILLOW = _group(
     Value("PIL image, info", "with_info(v)", "value.info['duration']", "value.info['duration'] = v"),
     Value("PIL image from a file", "saved(v)", "value.getpixel((0, 0))", "value.putpixel((0, 0), v)",
           is_returned=False),  # it comes back as an image without a file
+    Value("PIL image, EXIF set in memory", "with_exif(Image.new('L', (4, 2)), v)", "value.getexif()[274]",
+          "value.getexif()[274] = v",
+          is_returned=False),
+    Value("PIL image, EXIF of a file changed in memory", "with_exif(photo('jpeg'), v)", "value.getexif()[274]",
+          "value.getexif()[274] = v",
+          is_returned=False),
+    Value("PIL image, EXIF of a TIFF changed in memory", "with_exif(photo('tiff'), v)", "value.getexif()[274]",
+          "value.getexif()[274] = v",
+          is_returned=False),
+    Value("PIL image, place in its EXIF", "with_place(Image.new('L', (4, 2)), v)", "value.getexif().get_ifd(34853)[6]",
+          "value.getexif().get_ifd(34853)[6] = v",
+          is_returned=False),
+    Value("PIL image, EXIF of its file", "tagged(v)", "value.getexif()[274]", is_returned=False),
+    Value("PIL image, name of its file", "named(v)", "value.filename[1:]", "value.filename = f'f{v}'",
+          is_returned=False),
+    Value("PIL image, format", "done(i := Image.new('L', (2, 2)), setattr(i, 'format', f'f{v}'))", "value.format[1:]",
+          "value.format = f'f{v}'",
+          is_returned=False),
+    Value("PIL image with an attribute", "with_unit(Image.new('L', (2, 2)), v)", "value.unit", "value.unit = v",
+          is_returned=False),
+    Value("PIL image from a file with an attribute", "with_unit(photo('png'), v)", "value.unit", "value.unit = v",
+          is_returned=False),
+    Value("PIL image subclass with a list", "with_unit(Sub(), [v])", "value.unit[0]", "value.unit[0] = v",
+          setup=_sub("Image.Image"),
+          is_returned=False),
+    Value("PIL image, quantization of its file", "photo('jpeg', quality=3 * v)", "value.quantization[0][0]",
+          "value.quantization[0][0] = photo('jpeg', quality=3 * v).quantization[0][0]",
+          is_returned=False),
     Value("PIL filter", "ImageFilter.GaussianBlur(v)", "value.radius", "value.radius = v"),
     package="PIL",
 )  # fmt: skip
@@ -529,6 +594,20 @@ class Dice(random.Random):
         self.sides = sides
 
 
+class Asked:
+    def __getitem__(self, key):
+        return key.a if isinstance(key, Plain) else key
+
+    def ask(self, key):
+        return key.a
+
+
+def caused(v):
+    error = ValueError("a")
+    error.__cause__ = KeyError(v)
+    return error
+
+
 class Slotted:
     __slots__ = ("a", "b")
 
@@ -748,6 +827,8 @@ _STANDARD = _group(
           setup=_sub("io.BytesIO")),
     Value("StringIO", "io.StringIO(f'{v:02}')", "value.getvalue()",
           "value.seek(0)\nvalue.write(f'{v:02}')\nvalue.seek(0)"),
+    Value("BytesIO with an attribute", "with_unit(io.BytesIO(b'a'), v)", "value.unit", "value.unit = v"),
+    Value("StringIO with an attribute", "with_unit(io.StringIO('a'), Plain(v))", "value.unit.a", "value.unit.a = v"),
     Value("StringIO, position", "done(s := io.StringIO(' ' * 30), s.seek(v))", "value.tell()", "value.seek(v)"),
     Value("BufferedReader", "io.BufferedReader(io.BytesIO(bytes([v, 1])))", "value.peek(1)[0]", is_seen=False),
     Value("open file, position", "opened(v)", "value.tell()", "value.seek(v)", is_seen=False),
@@ -756,12 +837,30 @@ _STANDARD = _group(
     Value("exception of one's own", "Problem(v)", "value.args[0]", "value.args = (v,)"),
     Value("exception with an attribute", "Trouble(v)", "value.code", "value.code = v"),
     Value("OSError, number", "OSError(v, 'text')", "value.errno", "value.errno = v"),
+    Value("exception, cause", "caused(v)", "value.__cause__.args[0]", "value.__cause__ = KeyError(v)"),
+    Value("exception, cause changed in place", "caused(v)", "value.__cause__.args[0]", "value.__cause__.args = (v,)"),
+    Value("exception, context", "done(e := ValueError('a'), setattr(e, '__context__', KeyError(v)))",
+          "value.__context__.args[0]", "value.__context__.args = (v,)"),
+    Value("exception, context that is not shown",
+          "done(e := caused(1), setattr(e, '__suppress_context__', v % 2 == 0))",
+          "value.__suppress_context__", "value.__suppress_context__ = v % 2 == 0", numbers=_PARITY),
     Value("UnicodeDecodeError, place", "UnicodeDecodeError('ascii', bytes(30), v, 30, 'text')", "value.start",
           "value.start = v"),
     Value("StopIteration, value", "StopIteration(v)", "value.value", "value.value = v"),
     # operator, functools
     Value("itemgetter", "operator.itemgetter(v)", "value(range(100))"),
     Value("attrgetter", "operator.attrgetter(f'value.a{v}')", "value(types.SimpleNamespace(value=EVERY))"),
+    Value("itemgetter of an object", "operator.itemgetter(Plain(v))", "value(Asked())",
+          "value.__reduce__()[1][0].a = v"),
+    Value("methodcaller with a list", "operator.methodcaller('__getitem__', [v])", "value(Asked())[0]",
+          "value.__reduce__()[1][1][0] = v"),
+    Value("methodcaller with an object by keyword", "operator.methodcaller('ask', key=Plain(v))", "value(Asked())",
+          "value.__reduce__()[0].keywords['key'].a = v"),
+    Value("alias of a generic type with an object", "list[Plain(v)]", "value.__args__[0].a", "value.__args__[0].a = v"),
+    Value("dtype whose metadata is an object", "np.dtype('f4', metadata={'k': Plain(v)})", "value.metadata['k'].a",
+          "value.metadata['k'].a = v", setup="import numpy as np"),
+    Value("array whose dtype has an object as metadata", "np.zeros(1, np.dtype('f4', metadata={'k': Plain(v)}))",
+          "value.dtype.metadata['k'].a", "value.dtype.metadata['k'].a = v", setup="import numpy as np"),
     Value("methodcaller", "operator.methodcaller('__add__', v)", "value(1)"),
     Value("partial", "functools.partial(operator.add, v)", "value(0)"),
     Value("partial, keyword", "functools.partial(int, base=v)", "value('11')"),
@@ -772,6 +871,11 @@ _STANDARD = _group(
           setup=_sub("functools.partial")),
     Value("lru_cache wrapper", "functools.lru_cache(functools.partial(operator.add, v))", "value(0)", is_seen=False),
     Value("cmp_to_key", "functools.cmp_to_key(operator.sub)(v)", "value.obj", is_seen=False),
+    Value("property of a class of one's own", "[with_unit(Sub(), v)]", "value[0].unit", "value[0].unit = v",
+          setup=_sub("property")),
+    Value("static method with an attribute", "with_unit(staticmethod(len), v)", "value.unit", "value.unit = v"),
+    Value("class method of a class of one's own", "with_unit(Sub(len), Plain(v))", "value.unit.a", "value.unit.a = v",
+          setup=_sub("classmethod")),
     Value("property", "property(functools.partial(operator.add, v))", "value.fget(0)", is_seen=False),
     # numbers, times, names
     Value("Decimal", "decimal.Decimal(v)", "value"),
@@ -789,6 +893,28 @@ _STANDARD = _group(
     Value("datetime, fold", "datetime.datetime(2000, 1, 1, fold=v % 2)", "value.fold", numbers=_PARITY),
     Value("datetime, time zone", "datetime.datetime(2000, 1, 1, tzinfo=zoneinfo.ZoneInfo(f'Etc/GMT-{v}'))",
           "value.utcoffset().total_seconds()", numbers=tuple(range(2, 14))),
+    Value("datetime, time zone of one's own", "datetime.datetime(2000, 1, 1, tzinfo=Zone(v % 24))",
+          "value.utcoffset().total_seconds()", "value.tzinfo.hours = v % 24", numbers=tuple(range(2, 24))),
+    Value("time, time zone of one's own", "[datetime.time(1, tzinfo=Zone(v % 24))]",
+          "value[0].utcoffset().total_seconds()", "value[0].tzinfo.hours = v % 24", numbers=tuple(range(2, 24))),
+    Value("ZoneInfo that was read from a file", "zone_of_file(v)",
+          "value.utcoffset(datetime.datetime(2000, 1, 1)).total_seconds()", is_seen=False, numbers=tuple(range(2, 14)),
+          setup="def zone_of_file(v):\n    for folder in zoneinfo.TZPATH:\n"
+                "        path = pathlib.Path(folder, 'Etc', f'GMT-{v}')\n        if path.exists():\n"
+                "            with path.open('rb') as file:\n"
+                "                return zoneinfo.ZoneInfo.from_file(file, 'local')\n"
+                "    from importlib import resources\n"
+                "    with resources.files('tzdata').joinpath('zoneinfo', 'Etc', f'GMT-{v}').open('rb') as file:\n"
+                "        return zoneinfo.ZoneInfo.from_file(file, 'local')"),
+    Value("struct_time, offset", "time.struct_time((2000, 1, 1, 0, 0, 0, 0, 1, 0, 'zone', v))", "value.tm_gmtoff"),
+    Value("struct_time in a dict", "{'a': [time.struct_time((2000, 1, 1, 0, 0, 0, 0, 1, 0, f'z{v}', 0))]}",
+          "value['a'][0].tm_zone[1:]"),
+    Value("os.stat_result, nanoseconds", "os.stat_result(range(10), {'st_mtime_ns': v})", "value.st_mtime_ns"),
+    Value("os.stat_result with an object", "os.stat_result(range(10), {'st_mtime_ns': [v]})", "value.st_mtime_ns[0]",
+          "value.st_mtime_ns[0] = v"),
+    Value("named tuples of one name in a list",
+          "[(1, collections.namedtuple('Pair', ['a b', 'b a'][v % 2])(1, 2))]", "value[0][1].a", numbers=_PARITY,
+          is_returned=False),
     Value("datetime subclass with an attribute", "with_unit(Sub(2000, 1, 1), v)", "value.unit", "value.unit = v",
           setup=_sub("datetime.datetime")),
     Value("time", "datetime.time(v % 24, v)", "value.minute"),
@@ -926,6 +1052,12 @@ _STANDARD = _group(
     Value("threading.local", "done(t := threading.local(), setattr(t, 'a', v))", "value.a", "value.a = v",
           is_seen=False),
     Value("threading.local subclass", "Own(v)", "value.a", "value.a = v", is_seen=False),
+    Value("context variable, default", "contextvars.ContextVar('c', default=v)", "value.get()"),
+    Value("context variable, object as default", "contextvars.ContextVar('c', default=Plain(v))", "value.get().a",
+          "value.get().a = v"),
+    Value("weakref.finalize, argument", "weakref.finalize(kept(Plain(1)), str, v)", "value.peek()[2][0]"),
+    Value("weakref.finalize, object as argument", "weakref.finalize(kept(Plain(1)), str, Plain(v))",
+          "value.peek()[2][0].a", "value.peek()[2][0].a = v"),
     Value("context variable", "done(c := contextvars.ContextVar('c'), c.set(v))", "value.get()", "value.set(v)"),
     Value("context", "done(c := contextvars.Context(), c.run(VARIABLE.set, v))", "value[VARIABLE]",
           "value.run(VARIABLE.set, v)",

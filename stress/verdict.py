@@ -24,9 +24,9 @@ import torchcache
 from stress.ledger import Ledger
 from stress.values import BATCH_ROWS, Batch, ViolationError, check
 from torchcache.layout import Rows
-from torchcache.storage.contract import Lookup
+from torchcache.storage.contract import Lookup, StoreSettings
 from torchcache.storage.directory import CacheDirectory
-from torchcache.storage.lmdb import LmdbStore, StoreSettings
+from torchcache.storage.lmdb import LmdbStore
 
 #: Of expected hits; the rest may be what was under way when a member was killed.
 LEAST_HIT_SHARE = 0.95

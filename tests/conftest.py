@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-import torchcache.log
+import torchcache.report.log
 
 # No test fails because a machine is slow. Where everything must run, the examples are the same at each run: what
 # random ones find is found at a desk, where it can be looked at.
@@ -28,7 +28,7 @@ def pytest_runtest_makereport():
 @pytest.fixture(autouse=True)
 def says_everything_once_again():
     """Let each test see the lines that are said once a process."""
-    torchcache.log._said.clear()
+    torchcache.report.log._said.clear()
 
 
 @pytest.fixture

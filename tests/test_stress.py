@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from stress.suites import SUITES
+from stress.suites import SUITES, keys
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -78,10 +78,11 @@ def test_a_suite_finds_what_was_planted_and_says_how_to_see_it_again(suite, plan
 
 
 def test_every_kind_of_case_gets_its_turn(tmp_path):
-    status, lines = stress("run", "--suite", "keys", "--seconds", 90, "--cases", 500, "--seed", 1, "--dir", tmp_path)
+    n = len(keys.PAIRS.kinds)  # each kind comes once before any comes twice
+    status, lines = stress("run", "--suite", "keys", "--seconds", 220, "--cases", n, "--seed", 1, "--dir", tmp_path)
     verdict = json.loads(lines[0])
     assert status == 0, "\n".join(lines)
-    assert verdict["cases"] == 500
+    assert verdict["cases"] == n
     assert min(verdict["kinds"].values()) > 0
     assert {"live", "fresh", "stored", "process", "fork", "inherited", "forkserver", "spawn"} == set(verdict["ways"])
     assert verdict["hits"] == verdict["expected"] > 30
@@ -114,7 +115,7 @@ def test_a_key_that_is_wrong_is_found_and_the_case_can_be_seen_again(suite, plan
 
 
 def test_every_kind_of_call_of_any_form_gets_its_turn(tmp_path):
-    status, lines = stress("run", "--suite", "forms", "--seconds", 90, "--cases", 60, "--seed", 1, "--dir", tmp_path)
+    status, lines = stress("run", "--suite", "forms", "--seconds", 220, "--cases", 60, "--seed", 1, "--dir", tmp_path)
     verdict = json.loads(lines[0])
     assert status == 0, "\n".join(lines)
     assert verdict["cases"] == 60
@@ -129,7 +130,7 @@ PLANTED = """
 import os, random, sys
 from pathlib import Path
 from stress.form_kinds import KINDS, deal
-from stress.forms import judge
+from stress.suites.forms import judge
 from stress.interpreters import prepare
 
 def is_found(kinds):

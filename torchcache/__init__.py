@@ -20,16 +20,20 @@ from torchcache.errors import (
 from torchcache.explanation import Explanation, SampleExplanation
 from torchcache.keys.registrations import note_registrations
 from torchcache.keys.registry import register_value
-from torchcache.log import configure_from_environment, set_logger_config
-from torchcache.stats import CacheStats
+from torchcache.report.log import configure_from_environment, set_logger_config
+from torchcache.report.stats import CacheStats
+from torchcache.storage import backlogs as _backlogs  # noqa: F401 - the end of a program waits for its workers
 
 if TYPE_CHECKING:
-    from torchcache.cache import Cache, disabled, flush_all
-    from torchcache.dataset import CachedDataset, CachedIterableDataset, Warmed
-    from torchcache.decorator import CachedFunction, cache_of, torchcache
-    from torchcache.lazy_module import lazy
+    from torchcache.cache import Cache, flush_all
+    from torchcache.call.disabled import disabled
+    from torchcache.doors.datasets import CachedDataset, CachedIterableDataset
+    from torchcache.doors.decorator import cache_of, torchcache
+    from torchcache.doors.lazy import lazy
+    from torchcache.doors.typing import CachedFunction
+    from torchcache.doors.warming import Warmed
+    from torchcache.inputs.sample_keys import sample_keys
     from torchcache.options import CacheOptions
-    from torchcache.own_keys import sample_keys
 
 __version__ = "1.0.0.dev0"
 
@@ -63,16 +67,16 @@ __all__ = [
 _WITH_TORCH = {
     "Cache": "torchcache.cache",
     "CacheOptions": "torchcache.options",
-    "CachedFunction": "torchcache.decorator",
-    "CachedDataset": "torchcache.dataset",
-    "CachedIterableDataset": "torchcache.dataset",
-    "Warmed": "torchcache.dataset",
-    "cache_of": "torchcache.decorator",
-    "disabled": "torchcache.cache",
+    "CachedFunction": "torchcache.doors.typing",
+    "CachedDataset": "torchcache.doors.datasets",
+    "CachedIterableDataset": "torchcache.doors.datasets",
+    "Warmed": "torchcache.doors.warming",
+    "cache_of": "torchcache.doors.decorator",
+    "disabled": "torchcache.call.disabled",
     "flush_all": "torchcache.cache",
-    "lazy": "torchcache.lazy_module",
-    "sample_keys": "torchcache.own_keys",
-    "torchcache": "torchcache.decorator",
+    "lazy": "torchcache.doors.lazy",
+    "sample_keys": "torchcache.inputs.sample_keys",
+    "torchcache": "torchcache.doors.decorator",
 }
 
 

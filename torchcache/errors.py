@@ -18,6 +18,7 @@ workers send their exceptions to the parent.
 from __future__ import annotations
 
 from torchcache.explanation import Explanation
+from torchcache.kinds import Fault
 
 
 class TorchcacheError(Exception):
@@ -69,10 +70,12 @@ class SampleError(TorchcacheError, RuntimeError):
 class StoreError(TorchcacheError, OSError):
     """The disk tier cannot be used; ``kind`` names the fault in the counters."""
 
-    def __init__(self, message: str, *, kind: str = "store") -> None:
+    def __init__(self, message: str, *, kind: Fault = Fault.STORE) -> None:
         super().__init__(message)
         self.kind = kind
 
 
 class CorruptRecordError(TorchcacheError):
     """Stored bytes fail a check; they are never decoded further."""
+
+    kind = Fault.CORRUPT_RESULT

@@ -1,6 +1,6 @@
 """How one value lies in memory and on disk: the bytes of its leaves, one after the other.
 
-Everything below ``outputs.py`` (memory tier, records, store, writer) moves rows of bytes with a
+Everything below ``results/rows.py`` (memory tier, records, store, writer) moves rows of bytes with a
 ``Layout`` beside them and never looks inside. This module does not import torch.
 """
 
@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Bytes2D = NDArray[np.uint8]
+
+#: Of the records on disk, and part of every module hash.
+FORMAT_VERSION = 1
 
 #: Item size in bytes of every dtype a value may have, by torch's name. Its order is part of the
 #: record format: new dtypes are appended.
@@ -46,8 +49,10 @@ DTYPE_SIZES: dict[str, int] = {
 CONTIGUOUS, CHANNELS_LAST, CHANNELS_LAST_3D = 0, 1, 2
 
 
-#: How many tensors one value may have; part of the record format.
-MAX_LEAVES = 256
+#: How many tensors one value may have, and how many leaves: the plain values of a whole call are one more, and the
+#: digest of the inputs of a sample that has a key. Both are part of the record format.
+MAX_TENSORS = 256
+MAX_LEAVES = MAX_TENSORS + 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +113,11 @@ class Found:
     positions: Sequence[int]
     layout: Layout
     data: Any  # Bytes2D; a uint8 tensor of that shape from a memory tier on an accelerator
+
+
+def at_positions(found: Sequence[Found], positions: Sequence[int]) -> list[Found]:
+    """Return values whose positions are numbers of ``positions`` at those."""
+    return [Found([positions[i] for i in item.positions], item.layout, item.data) for item in found]
 
 
 def empty_rows(n: int, nbytes: int) -> Bytes2D:

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 
 from torchcache.errors import ConfigError
-from torchcache.log import warn_once
+from torchcache.our_names import OPTION_PREFIX
+from torchcache.report.log import warn_once
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-ATTRIBUTE_PREFIX = "torchcache_"
 
 #: Sizes may be written with these units, in any case; decimal and binary.
 _UNITS = {"": 1, "b": 1} | {
@@ -58,6 +58,8 @@ class OptionArguments(TypedDict, total=False):
     zstd_compression_level: int
     version: str | None
     batch_dim: int | None
+    batch_size: int | None
+    progress: bool
     unbatched: Sequence[str]
     ignore: Sequence[str]
     padded: Mapping[str, str]
@@ -156,6 +158,12 @@ def _dimension(name: str, value: object) -> int | None:
             f"{name}={value!r} must be the number of a dimension, 0 or more, or None for calls that are one sample",
             argument=name,
         )
+    return value
+
+
+def _count(name: str, value: object) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ConfigError(f"{name}={value!r} must be a number of samples, 1 or more, or None", argument=name)
     return value
 
 
@@ -264,51 +272,60 @@ class CacheOptions:
     """The options of one cache, checked and in their final types.
 
     Attributes:
-        enabled: False leaves the target as if it were not decorated.
+        enabled: ``False`` leaves the target as if it were not decorated.
         mode: What a call may do: "on" looks up and stores; "read" looks up, and writes nothing to disk; "refresh"
             computes every row and overwrites what is cached; "require" looks up, and raises a ``CacheMissError``
             instead of computing anything; "off" computes as if there were no cache.
-        persistent: Keep values in an LMDB environment on disk too.
-        persistent_cache_dir: Directory shared by all processes; None for a private temporary one
-            that is deleted when the program ends.
-        persistent_module_hash: A name of the user's own that replaces the module hash and the
-            weights: 1 to 128 ASCII letters, digits and ``_ - . + = @``, the first a letter, a digit or ``_``; not
-            ``torchcache-tmp-...``, ``....damaged`` nor ``....beside-0.6``, which are names of torchcache's own.
-        max_memory_cache_size: Limit of the memory tier in bytes, per cache and process.
-        max_persistent_cache_size: Budget of everything under ``persistent_cache_dir`` in bytes.
-        min_free_disk: How many bytes of the file system stay free for others; writing stops before. None for
-            the smaller of 1e9 and 2 % of the file system.
-        memory_cache_device: Device of the memory tier; None for the device of the module's output.
-        cache_dtype: Floating outputs are stored in it and come back in their own dtype.
-        zstd_compression: Compress records on disk.
-        zstd_compression_level: -100 (fastest) to 22 (smallest).
-        version: Any string; another one starts afresh.
-        batch_dim: The dimension of tensors, arguments and results, that samples lie along. None: a call is one
-            sample, with any arguments that have a value (tensors and arrays of any shape too) and any result that is
-            made of tensors, arrays, images and plain values.
-        unbatched: Names of arguments that all samples of a call share, although they are or hold tensors: a
-            mask, position ids. They count by value.
-        ignore: Names of attributes, globals or closure variables that do not count, by their path ("step", "cfg.out"):
-            what shapes no result, or changes without changing one. You vouch for that.
-        padded: Names of arguments that are padded along their first dimension beside the batch, each with that of the
-            mask of shape (batch, length) that says which positions are real: {"input_ids": "attention_mask"}. A
-            sample and its value do not depend then on how far its batch was padded.
-        eviction: What makes room on disk: "stale" removes what nobody touched for an hour, "lru" the
-            least recently used, "none" nothing.
-        shared: None for files that only this user can read; "group" for a directory that the members of its
-            group use together (modes 2770 and 0660).
-        when_grad: What parameters that require grad do while grad mode is on: "detach", "bypass"
-            or "raise".
-        check_rows: Compute a few rows of the first batch of a namespace once more by themselves, and one with the
-            second batch; if they come back grossly different, rows depend on their batch and the namespace is not
-            cached.
-        verify_hits: So large a share of the hits is computed again and compared; what differs is said once,
-            counted, and replaced.
-        queue_bytes: Bound of the write queue in bytes; None for 64e6, and 16e6 in a worker.
+        persistent: Keep results on disk too.
+        persistent_cache_dir: Directory on disk, shared by all processes. ``None``: a private temporary one, deleted
+            at the end of the program.
+        persistent_module_hash: Your own name instead of the module hash. Code, arguments, options and weights no
+            longer count; methods are told apart by their names. 1 to 128 ASCII letters, digits and ``_ - . + = @``;
+            the first is a letter, a digit or ``_``. Names that start with ``torchcache-tmp-`` or end with
+            ``.damaged`` or ``.beside-0.6`` are refused, since torchcache gives such names itself.
+        max_memory_cache_size: Bytes in memory, per cache and process. ``0``: nothing.
+        max_persistent_cache_size: Bytes under ``persistent_cache_dir``, over all modules and processes.
+        min_free_disk: Bytes of the file system that stay free for others, such as checkpoints: writing stops
+            before. ``None``: 1 GB, or 2 % of a file system smaller than 50 GB.
+        memory_cache_device: Where results in memory lie. ``None``: on the device of the module's output.
+        cache_dtype: Floating-point results are stored in this dtype and come back in their own. Integers, bools and
+            complex numbers are never cast.
+        zstd_compression: Compress what is on disk. Needs ``persistent=True``.
+        zstd_compression_level: -100 (fastest) to 22 (smallest), not 0.
+        version: Any string. Another one starts afresh.
+        batch_dim: The dimension of tensors, arguments and results, that the samples lie along. ``None``: a call is
+            one sample, with any arguments that have a value and any result made of tensors, arrays, images and
+            plain values.
+        batch_size: At most this many missing samples of a call are computed at once, and kept before the next ones
+            are. A call that fails then loses little, and needs memory for so many only. To find out whether rows depend
+            on their batch, a few more may be. ``None``: all missing samples of a call at once.
+        progress: Show a bar while a call is computed in parts. Needs ``batch_size`` and tqdm
+            (``pip install 'torchcache[progress]'``).
+        unbatched: Names of arguments whose tensors all samples of a call share, such as ``("mask",)``. They count
+            by value.
+        ignore: Attributes, globals or closure variables that do not count, by their path: ``("step", "cfg.out",
+            "encoder.history")``. You vouch that they shape no result. A name that is not there raises at the first
+            call.
+        padded: Arguments that are padded along their first dimension beside the batch, each with its mask:
+            ``{"input_ids": "attention_mask"}``. One mask for all. A tensor in a container is named with its way,
+            such as ``"batch['input_ids']"``.
+        eviction: What makes room on disk: ``"stale"`` what nobody touched for an hour, ``"lru"`` the least recently
+            used, ``"none"`` nothing.
+        shared: ``"group"``: the members of the directory's group use it together (modes 2770 and 0660, whatever the
+            umask). ``None``: only you.
+        when_grad: What to do if parameters require grad while grad mode is on: ``"detach"``, ``"bypass"`` or
+            ``"raise"``.
+        check_rows: Find out whether rows depend on their batch: a few rows of the first computed batch are computed
+            once more by themselves, and one with the second batch. If they come back grossly different, the
+            namespace is not cached.
+        verify_hits: Compute so large a share of the hits again and compare; ``0.01`` is one in a hundred. What
+            differs is said once, counted in ``mismatched_rows``, and replaced.
+        queue_bytes: Bound of the write queue. ``None``: 64 MB, and 16 MB in a worker process.
         queue_timeout_seconds: How long a call waits for a full queue before its rows are dropped.
-        lock_timeout_seconds: How long the writer waits for the directory's file lock.
-        flush_timeout_seconds: How long the end of the program waits for the queue; None for 10, and
-            4 in a worker (torch gives a worker 5).
+        lock_timeout_seconds: How long the background writer waits for the directory's lock if it stays with one
+            process; five times as long if others get it in turn.
+        flush_timeout_seconds: How long the end of the program waits for the queue, and for those of its workers.
+            ``None``: 10, and 4 in a worker process.
     """
 
     enabled: bool = _option(True, _flag, shapes_key=False)
@@ -325,6 +342,8 @@ class CacheOptions:
     zstd_compression_level: int = _option(3, _level, shapes_key=False)
     version: str | None = _option(None, _optional_text, shapes_key=True)
     batch_dim: int | None = _option(0, _dimension, shapes_key=True)
+    batch_size: int | None = _option(None, _count, shapes_key=False)
+    progress: bool = _option(False, _flag, shapes_key=False)
     unbatched: tuple[str, ...] = _option((), _names, shapes_key=False)
     ignore: tuple[str, ...] = _option((), _names, shapes_key=True)
     padded: tuple[tuple[str, str], ...] = _option((), _masks, shapes_key=True)
@@ -365,10 +384,10 @@ class CacheOptions:
         found: dict[str, object] = {}
         for namespace in (*(vars(c) for c in reversed(type(target).__mro__)), getattr(target, "__dict__", {})):
             for key, value in namespace.items():
-                if key.startswith(ATTRIBUTE_PREFIX):
-                    name = key[len(ATTRIBUTE_PREFIX) :]
+                if key.startswith(OPTION_PREFIX):
+                    name = key[len(OPTION_PREFIX) :]
                     _check_name(name, shown=key)
-                    found[name] = value
+                    found[name] = getattr(target, key) if hasattr(type(value), "__get__") else value  # a property
         if not found:
             return self
         merged = {option.name: getattr(self, option.name) for option in fields(self)} | found
@@ -389,16 +408,22 @@ class CacheOptions:
 
         Raises:
             ConfigError: If ``zstd_compression`` is set without ``persistent``, ``shared`` without a directory,
-                ``unbatched`` or ``padded`` for calls that have no batch, or ``mode="require"`` without anything on disk
-                that could answer.
+                ``progress`` without ``batch_size``, what is of batches for calls that have none, or
+                ``mode="require"`` without anything on disk that could answer.
         """
-        for name in ("unbatched", "padded"):
+        for name in ("unbatched", "padded", "batch_size"):
             if self.batch_dim is None and getattr(self, name):
                 raise ConfigError(
                     f"{name} has no meaning with batch_dim=None, where a call is one sample and all arguments count by "
                     "value; drop it",
                     argument=name,
                 )
+        if self.progress and self.batch_size is None:
+            raise ConfigError(
+                "progress=True shows how far a call is that is computed in parts, and without batch_size all of it is "
+                "computed at once; set batch_size, or drop progress",
+                argument="progress",
+            )
         if self.zstd_compression and not self.persistent:
             raise ConfigError(
                 "zstd_compression=True has no effect without persistent=True: only the disk tier is "

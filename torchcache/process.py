@@ -1,8 +1,8 @@
-"""What a fork and an exit mean, all of it; nobody else asks for a process id.
+"""What a fork means.
 
-Fork: LMDB's handles, our locks and the writer thread must not be in use at that moment, or the child
+LMDB's handles, our locks and the writer thread must not be in use at that moment, or the child
 inherits them half-way. Before a fork the writer is parked, a gate in front of every LMDB transaction
-is closed once nobody is inside, the locks are taken (so that nobody is opening an environment), and the
+lets nobody in and waits for those inside, the locks are taken (so that nobody is opening an environment), and the
 environments are closed (each side opens its own at next use: an environment closed by the child would free
 the parent's reader slots). All waits are bounded; what did not come to rest in time stays open, and the
 child never touches it.
@@ -11,9 +11,6 @@ One thread forks at a time: from Python 3.12 on filelock makes ``os.fork()`` rai
 inside one, and it asks before any hook of ours could make the second wait. So an audit hook waits, which has to
 be there before filelock's own.
 
-Exit: callbacks run at a normal end of the program and of multiprocessing's children, where Python up
-to 3.12 does not run ``atexit``.
-
 This module does not import torch.
 """
 
@@ -21,12 +18,8 @@ from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found] # what signal is made of, without its enums: a tenth of the time
 import _thread
-import atexit
 import contextlib
-import functools
 import logging  # noqa: F401 - registers its own fork hooks before ours, so that ours run first
-import multiprocessing
-import multiprocessing.context
 import os
 import signal
 import sys
@@ -35,7 +28,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing import util as multiprocessing_util
 from typing import Any, Protocol
 
 #: How long a fork waits for transactions and for the writer to park before the child goes without them.
@@ -49,23 +41,26 @@ _LOOK_SECONDS = 0.02
 #: So often at most handlers are set anew at the end of a fork because signals interrupt that.
 _MOST_INTERRUPTIONS = 100
 
-#: Finalizers of multiprocessing's children run from high to low; torch's own pools have lower ones.
-_EXIT_PRIORITY = 100
-
-
-def is_child() -> bool:
-    """Tell whether this process was started by multiprocessing: a DataLoader worker, a spawned rank."""
-    return multiprocessing.parent_process() is not None
-
-
-def is_starting_a_child() -> bool:
-    """Tell whether what is pickled at the moment goes to a process that multiprocessing is starting."""
-    return multiprocessing.context.get_spawning_popen() is not None
-
 
 def generation() -> int:
     """Return how many forks lie between the program's first process and this one."""
     return _generation
+
+
+def lets_threads_start() -> bool:
+    """Tell whether a thread may be started at the end of a fork, in the parent.
+
+    From Python 3.12 on ``os.fork()`` warns there of the threads that a process has; ours must not be the only one.
+    """
+    return sys.version_info < (3, 12) or _count_threads() > 1
+
+
+def _count_threads() -> int:
+    """Return how many threads this process has, also those that Python knows nothing of; 0 if nothing tells."""
+    try:
+        return len(list(os.scandir("/proc/self/task")))
+    except OSError:
+        return 0
 
 
 class ForkLock:
@@ -83,7 +78,7 @@ class ForkLock:
     __slots__ = ("__weakref__", "_on_broken", "raw")
 
     def __init__(self, on_broken: Callable[[], None] | None = None) -> None:
-        self.raw = threading.Lock()
+        self.raw: threading.Lock = threading.Lock()
         self._on_broken = None if on_broken is None else _weak_callback(on_broken)
         _locks.add(self)
 
@@ -175,7 +170,7 @@ class Passage:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
-        self.reference = weakref.ref(self)
+        self.reference: weakref.ref[Passage] = weakref.ref(self)
 
     def leave(self) -> None:
         self._gate.leave(self)
@@ -197,7 +192,7 @@ class ForkListener(Protocol):
         """Start afresh; never touch what is still open."""
 
 
-gate = Gate()
+gate: Gate = Gate()
 
 _locks: weakref.WeakSet[ForkLock] = weakref.WeakSet()
 _listeners: weakref.WeakSet[ForkListener] = weakref.WeakSet()
@@ -205,39 +200,11 @@ _fork_turn = threading.Lock()
 _forkers: set[int] = set()  # threads that have the turn, or are waiting for it
 _taken: dict[ForkLock, bool] = {}
 _generation = 0
-_exit_callbacks: dict[Callable[[], None], None] = {}
-_exit_pid = 0
-_has_finalizer = False
 
 
 def listen_to_forks(listener: ForkListener) -> None:
     """Call ``listener`` around every fork, as long as it lives."""
     _listeners.add(listener)
-
-
-def at_exit(callback: Callable[[], None]) -> None:
-    """Call ``callback`` once when this process ends in an orderly way; bounded by the callback itself.
-
-    A forked child does not inherit it: what the parent registered is the parent's to do.
-    """
-    global _exit_pid, _has_finalizer  # noqa: PLW0603 - both ways to an end are inherited through a fork
-    pid = os.getpid()
-    if _exit_pid != pid:
-        _exit_pid, _has_finalizer = pid, False
-        _exit_callbacks.clear()
-        atexit.register(_run_exit_callbacks, pid)
-    # A child of a fork server imports the program before it is told that it is a child.
-    if is_child() and not _has_finalizer:
-        _has_finalizer = True
-        multiprocessing_util.Finalize(None, functools.partial(_run_exit_callbacks, pid), exitpriority=_EXIT_PRIORITY)
-    _exit_callbacks[callback] = None
-
-
-def _run_exit_callbacks(pid: int) -> None:
-    if os.getpid() != pid or _exit_pid != pid:
-        return
-    while _exit_callbacks:
-        _exit_callbacks.popitem()[0]()
 
 
 def _weak_callback(callback: Callable[[], None]) -> Callable[[], Callable[[], None] | None]:

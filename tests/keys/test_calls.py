@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchcache.keys.calls import NONE, Operand, uses_of
+from torchcache.keys.calls import uses_of
+from torchcache.keys.operands import NONE, Operand
 
 LOCALS = ("a", "b")
 

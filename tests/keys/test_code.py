@@ -316,6 +316,7 @@ def in_a_child(tmp_path, *flags, **environment):
     return done.stdout.split()
 
 
+@pytest.mark.slow
 def test_other_processes_and_other_hash_seeds_give_the_same_fingerprint(tmp_path):
     names = run(BASE + SETS)
     here = [walk_code(names[n]).fingerprint.hex() for n in ("Target", "target", "target_wrapped", "sets")]
@@ -323,5 +324,6 @@ def test_other_processes_and_other_hash_seeds_give_the_same_fingerprint(tmp_path
     assert in_a_child(tmp_path, PYTHONHASHSEED="2") == here
 
 
+@pytest.mark.slow
 def test_without_docstrings_the_fingerprint_is_the_same(tmp_path):
     assert in_a_child(tmp_path, "-OO") == in_a_child(tmp_path)

@@ -9,7 +9,8 @@ import textwrap
 
 import pytest
 
-from torchcache.keys.code import is_own_class, walk_code
+from torchcache.keys.code import walk_code
+from torchcache.keys.origins import is_own_class
 from torchcache.keys.places import MISSING
 
 

@@ -14,8 +14,9 @@ from torch import fx, nn
 
 from torchcache import CachedDataset, cache_of, torchcache
 from torchcache.keys import time_limit
-from torchcache.keys.code import is_own_class, is_own_module, walk_code
-from torchcache.reasons import REMEDIES
+from torchcache.keys.code import walk_code
+from torchcache.keys.origins import is_own_class, is_own_module
+from torchcache.report.reasons import Reason
 
 ROOT = Path(__file__).parents[2]
 
@@ -403,7 +404,7 @@ def test_what_takes_too_long_to_look_at_goes_around_the_cache_and_says_so_once(d
 
 
 def test_how_long_a_look_may_take_is_what_is_said():
-    assert f"{time_limit.MOST_SECONDS:.0f} seconds" in REMEDIES["takes_too_long"]
+    assert f"{time_limit.MOST_SECONDS:.0f} seconds" in Reason.TAKES_TOO_LONG.remedy
 
 
 def test_no_loaded_module_of_torch_is_the_users_own():

@@ -219,8 +219,8 @@ class Holder(nn.Module):
 def test_what_the_state_holds_of_torch_distributed_makes_the_code_talk(held):
     module, other = Holder(held), Holder(nn.Identity())
     for holder, expected in (module, {"barrier"}), (other, set()):
-        roots = StateTracker(weakref.ref(holder)).code()
-        assert walk_code(Holder, roots).talks.collectives == expected
+        walk, _ = StateTracker(weakref.ref(holder)).walk(Holder)
+        assert walk.talks.collectives == expected
 
 
 ASKS = {

@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from torchcache.keys import dict_versions
-from torchcache.keys.dict_versions import versions_of
+from torchcache.keys.fast import dict_versions
+from torchcache.keys.fast.dict_versions import versions_of
 
 
 class Thing:

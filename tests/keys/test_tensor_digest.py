@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from xxhash import xxh3_128_digest
 
-from torchcache.keys import tensor_digest
 from torchcache.keys.digest import LEAF_BYTES, digest_bytes
-from torchcache.keys.tensor_digest import _PIECE_BYTES, _digest_on_device, byte_view, digest_tensor
+from torchcache.keys.fast import device_digest
+from torchcache.keys.fast.device_digest import PIECE_BYTES, digest_on_device
+from torchcache.keys.tensor_digest import digest_tensor
+from torchcache.keys.tensors import byte_view
 
 LEAF = LEAF_BYTES
 PIECE = 4 * LEAF
@@ -35,7 +37,7 @@ def as_tensor(data):
 @pytest.fixture
 def never_exact(monkeypatch):
     """Let the device be one that lacks the operations."""
-    monkeypatch.setattr(tensor_digest, "_computes_exactly", lambda _: False)
+    monkeypatch.setattr(device_digest, "_computes_exactly", lambda _: False)
 
 
 @pytest.fixture
@@ -46,8 +48,8 @@ def no_xxhash_of_leaves(monkeypatch):
         assert len(data) != LEAF
         return xxh3_128_digest(data)
 
-    assert tensor_digest._computes_exactly(torch.device("cpu"))  # asks xxhash, once
-    monkeypatch.setattr(tensor_digest, "xxh3_128_digest", refuse_leaves)
+    assert device_digest._computes_exactly(torch.device("cpu"))  # asks xxhash, once
+    monkeypatch.setattr(device_digest, "xxh3_128_digest", refuse_leaves)
 
 
 SIZES = [0, 1, 63, 240, 241, LEAF - 1, LEAF, LEAF + 1, 2 * LEAF - 1, 2 * LEAF, PIECE - 1, PIECE, PIECE + 1]
@@ -58,29 +60,29 @@ SIZES += [PIECE + LEAF, 3 * PIECE, 3 * PIECE + 5, 1_000_003]
 @pytest.mark.parametrize("n", SIZES)
 def test_the_device_computes_the_digest_of_the_bytes(n):
     data = random_bytes(n, seed=n)
-    assert _digest_on_device(as_tensor(data), PIECE) == digest_bytes(data)
-    assert _digest_on_device(as_tensor(data)) == digest_bytes(data)
+    assert digest_on_device(as_tensor(data), PIECE) == digest_bytes(data)
+    assert digest_on_device(as_tensor(data)) == digest_bytes(data)
 
 
 @pytest.mark.usefixtures("no_xxhash_of_leaves")
 @pytest.mark.parametrize("byte", [0x00, 0x01, 0x7F, 0x80, 0xFF])
 def test_words_with_and_without_their_sign_bit_carry_alike(byte):
     data = bytes([byte]) * (3 * LEAF)
-    assert _digest_on_device(as_tensor(data)) == digest_bytes(data)
+    assert digest_on_device(as_tensor(data)) == digest_bytes(data)
 
 
 @given(st.integers(0, 3 * LEAF - 1), st.integers(0, 255))
 def test_every_byte_counts_where_it_lies(place, byte):
     data = bytearray(3 * LEAF)
     data[place] = byte
-    assert _digest_on_device(as_tensor(data), LEAF) == digest_bytes(bytes(data))
+    assert digest_on_device(as_tensor(data), LEAF) == digest_bytes(bytes(data))
 
 
 @pytest.mark.usefixtures("no_xxhash_of_leaves")
 @pytest.mark.parametrize("offset", range(9))
 def test_bytes_that_do_not_begin_at_a_word_are_read_too(offset):
     data = random_bytes(3 * LEAF + 9)
-    assert _digest_on_device(as_tensor(data)[offset:], LEAF) == digest_bytes(data[offset:])
+    assert digest_on_device(as_tensor(data)[offset:], LEAF) == digest_bytes(data[offset:])
 
 
 @pytest.mark.usefixtures("no_xxhash_of_leaves")
@@ -92,7 +94,7 @@ def test_what_does_not_begin_at_a_word_of_its_storage_or_memory_is_copied(base, 
     view = storage[offset : offset + 2 * LEAF]
     assert (view.data_ptr() % 8, view.storage_offset()) == ((base + offset) % 8, offset)
     with Storages() as storages:
-        digest = _digest_on_device(view)
+        digest = digest_on_device(view)
     assert digest == digest_bytes(view.numpy().tobytes())
     assert "aten.clone.default" in storages.made_by
 
@@ -100,33 +102,33 @@ def test_what_does_not_begin_at_a_word_of_its_storage_or_memory_is_copied(base, 
 @pytest.mark.usefixtures("no_xxhash_of_leaves")
 def test_the_digests_of_leaves_are_not_cut_into_leaves_again():
     data = random_bytes(LEAF) * (LEAF // 16 + 1)
-    assert _digest_on_device(as_tensor(data)) == digest_bytes(data)
+    assert digest_on_device(as_tensor(data)) == digest_bytes(data)
 
 
 @pytest.mark.usefixtures("never_exact")
 @pytest.mark.parametrize("n", SIZES)
 def test_a_device_that_lacks_the_operations_has_the_same_digest(n):
     data = random_bytes(n, seed=n)
-    assert _digest_on_device(as_tensor(data), PIECE) == digest_bytes(data)
+    assert digest_on_device(as_tensor(data), PIECE) == digest_bytes(data)
 
 
 @pytest.mark.parametrize("fault", ["raises", "wrong bits"])
 def test_a_device_that_cannot_compute_it_is_found_out(monkeypatch, fault):
-    accumulate = tensor_digest._accumulate
+    accumulate = device_digest._accumulate
 
     def faulty(leaves):
         if fault == "raises":
             raise NotImplementedError
         return accumulate(leaves) + 1
 
-    monkeypatch.setattr(tensor_digest, "_accumulate", faulty)
+    monkeypatch.setattr(device_digest, "_accumulate", faulty)
     # The answer kept for this process is not to be changed.
-    assert not tensor_digest._computes_exactly.__wrapped__(torch.device("cpu"))
+    assert not device_digest._computes_exactly.__wrapped__(torch.device("cpu"))
 
 
 def test_a_digest_by_value():
     data = bytes(i * 7 % 251 for i in range(602_112))
-    assert _digest_on_device(as_tensor(data)).hex() == "79b25f56e8d5cdccf46d835ca28e8fe9"
+    assert digest_on_device(as_tensor(data)).hex() == "79b25f56e8d5cdccf46d835ca28e8fe9"
     assert digest_tensor(as_tensor(data)).hex() == "79b25f56e8d5cdccf46d835ca28e8fe9"
 
 
@@ -140,7 +142,7 @@ DTYPES += [torch.complex128]
 def both_ways(tensor):
     """Return the digest in host memory and that of the device, after seeing that they agree."""
     digest = digest_tensor(tensor)
-    assert _digest_on_device(byte_view(tensor), PIECE) == digest
+    assert digest_on_device(byte_view(tensor), PIECE) == digest
     return digest
 
 
@@ -218,6 +220,18 @@ def test_a_tensor_without_plain_bytes_has_no_digest():
         assert digest_tensor(tensor) is None
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.complex128]
+)
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (4, 0), (2, 0, 3), (), (1,), (1, 1), (1, 1, 1)])
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_tensor_of_one_element_or_none_counts_whatever_its_strides(dtype, shape, step):
+    wide = torch.ones(*shape, step, dtype=dtype)
+    tensor = wide[..., 1]
+    assert byte_view(tensor) is not None
+    assert both_ways(tensor) == both_ways(tensor.clone(memory_format=torch.contiguous_format))
+
+
 def test_a_contiguous_tensor_is_viewed_not_copied():
     tensor = torch.randn(50, 60)
     assert byte_view(tensor).data_ptr() == tensor.data_ptr()
@@ -274,9 +288,9 @@ class Storages(TorchDispatchMode):
 def test_temporaries_are_bounded_by_the_piece_not_by_the_tensor(offset, least):
     piece = 64 * LEAF
     view = as_tensor(random_bytes(8 * piece + LEAF + 77))[offset:]
-    _digest_on_device(view[:LEAF])  # the device is asked now whether it computes exactly
+    digest_on_device(view[:LEAF])  # the device is asked now whether it computes exactly
     with Storages() as storages:
-        digest = _digest_on_device(view, piece)
+        digest = digest_on_device(view, piece)
     assert digest == digest_bytes(view.numpy().tobytes())
     assert least * piece <= storages.peak_bytes <= 3.25 * piece
 
@@ -291,9 +305,9 @@ def test_only_accumulators_and_the_last_leaf_come_to_the_host(monkeypatch):
 
     n = 8 * PIECE + LEAF + 77
     view = as_tensor(random_bytes(n))
-    _digest_on_device(view[:LEAF])
+    digest_on_device(view[:LEAF])
     monkeypatch.setattr(torch.Tensor, "cpu", counting)
-    assert _digest_on_device(view, PIECE) == digest_bytes(view.numpy().tobytes())
+    assert digest_on_device(view, PIECE) == digest_bytes(view.numpy().tobytes())
     assert moved == [4 * 64] * 8 + [64, 77]
 
 
@@ -307,13 +321,13 @@ def test_without_the_operations_no_more_than_a_piece_comes_to_the_host(monkeypat
         return cpu(tensor)
 
     monkeypatch.setattr(torch.Tensor, "cpu", counting)
-    _digest_on_device(as_tensor(random_bytes(3 * PIECE + 5)), PIECE)
+    digest_on_device(as_tensor(random_bytes(3 * PIECE + 5)), PIECE)
     assert moved == [PIECE, PIECE, PIECE, 5]
 
 
 def test_the_size_of_a_piece_is_a_multiple_of_a_leaf():
-    assert _PIECE_BYTES == 64 * 1024 * 1024
-    assert _PIECE_BYTES % LEAF == 0
+    assert PIECE_BYTES == 64 * 1024 * 1024
+    assert PIECE_BYTES % LEAF == 0
 
 
 def test_every_accelerator_that_is_here_has_the_digest_of_the_host():
@@ -321,7 +335,7 @@ def test_every_accelerator_that_is_here_has_the_digest_of_the_host():
         if not backend.is_available():
             continue
         device = torch.device(backend.__name__.rpartition(".")[2])
-        assert tensor_digest._computes_exactly(device)
+        assert device_digest._computes_exactly(device)
         for n in SIZES:
             data = random_bytes(n, seed=n)
             assert digest_tensor(as_tensor(data).to(device)) == digest_bytes(data)

@@ -22,8 +22,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from torchcache.keys.observer import Observer
 from torchcache.keys.plain import encode_plain
-from torchcache.keys.values import Observer, UnnamedValueError, encode_argument, encode_value
+from torchcache.keys.values import UnnamedValueError, encode_argument, encode_value
 
 
 def unseen():

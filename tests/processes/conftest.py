@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import filelock
 import pytest
 
+from tests.storage.children import no_child_is_left
 from tests.storage.known_values import forget_environments, verify
 
 
@@ -20,9 +20,8 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path.mkdir()
     monkeypatch.setenv("TMPDIR", str(path))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    before = children()
-    yield path
-    assert children() <= before, "a child process was left behind"
+    with no_child_is_left():
+        yield path
     left = [entry for entry in path.iterdir() if not is_of_the_standard_library(entry)]
     assert left == [], "something was left under the temporary directory"
 
@@ -46,8 +45,3 @@ def is_of_the_standard_library(entry: Path) -> bool:
     if entry.name.startswith("pymp-"):
         return True
     return re.fullmatch("[a-z0-9_]{8}", entry.name) is not None and entry.read_bytes() in {b"", b"blat"}
-
-
-def children() -> set[str]:
-    """Return the ids of this process's children, dead ones that nobody waited for included."""
-    return {pid for path in Path(f"/proc/{os.getpid()}/task").glob("*/children") for pid in path.read_text().split()}

@@ -120,7 +120,7 @@ def train(root: str, report: str, *, dies: bool = False) -> None:
         epochs.append(
             {"seen": seen, "misses": after.misses - before.misses, "hits": after.store_hits - before.store_hits}
         )
-        (store,) = cache._tiers.open_stores()
+        (store,) = cache._core.tiers.open_stores()
         assert handles in (None, store._environment._handles), "the environment was opened again"
         handles = store._environment._handles
     assert torch.equal(heads[0].weight, heads[1].weight), "the head was trained with other values"

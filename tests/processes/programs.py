@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 from tests.storage.known_values import NAMESPACE, check, digests_of, open_store, rows_of
 from torchcache.storage.contract import Written
@@ -87,13 +91,66 @@ def wait_until(claim: Callable[[], bool], timeout_seconds: float = 10.0) -> None
 
 def write_in_a_worker(root: Path, first: int, n: int, ending: str) -> None:
     """Accept ``n`` rows, in small calls, and end at once."""
-    store = open_store(root)
+    store = open_store(root, lock_timeout_seconds=60.0)
     for number in range(first, first + n):
         assert enqueue(store, [number], nbytes=20_000)
     if ending == "exception":
         raise RuntimeError("the worker fails on purpose")
     if ending == "sys.exit":
         sys.exit(3)
+
+
+def accept_and_stay(
+    root: Path, first: int, n: int, told: Connection, ending: str = "", flush_seconds: float = 10.0
+) -> None:
+    """Accept ``n`` rows in small calls, tell, and stay until there is nobody to be told any more.
+
+    Args:
+        root: The cache directory. The lock may be held: that is waited for longer than any test takes.
+        first: The first number.
+        n: How many.
+        told: The other end has to be closed in all processes but the one that waits.
+        ending: "killed" to be killed after telling; "forked" to do it in a child that was forked by hand.
+        flush_seconds: Of the rows.
+    """
+    if ending == "forked" and os.fork():
+        time.sleep(60)
+    store = open_store(root, lock_timeout_seconds=60.0)
+    for number in range(first, first + n):
+        assert enqueue(store, [number], nbytes=20_000, flush_seconds=flush_seconds)
+    told.send(None)
+    if ending == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    told.poll(60)
+
+
+def start_workers(
+    library: str, method: str, root: Path, n: int, ending: str = "", flush_seconds: float = 10.0
+) -> list[Any]:
+    """Start two daemonic workers that accept ``n`` rows each and stay; return them when they have told."""
+    context = importlib.import_module(library).get_context(method)
+    workers, ends = [], []
+    for first in (0, n):
+        mine, theirs = context.Pipe()
+        arguments = root, first, n, theirs, ending, flush_seconds
+        workers.append(context.Process(target=accept_and_stay, args=arguments, daemon=True))
+        workers[-1].start()
+        theirs.close()
+        ends.append(mine)
+    for end in ends:
+        assert end.poll(30)
+        end.recv()
+    _ends_in_use.extend(ends)
+    return workers
+
+
+_ends_in_use: list[Connection] = []
+
+
+def start_workers_in_a_worker(method: str, root: Path, n: int) -> None:
+    """Start workers, say so, and end with them alive."""
+    start_workers("multiprocessing", method, root, n)
+    print("accepted", flush=True)
 
 
 def use_temporary() -> None:

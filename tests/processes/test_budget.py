@@ -82,7 +82,7 @@ def write_all_sizes(place: int, root: Path, seconds: float, settings: dict) -> N
 
 @pytest.mark.parametrize("eviction", ["stale", "none", "lru"])
 def test_eight_writers_of_all_sizes_never_exceed_the_budget_and_use_it(root, eviction):
-    settings = {"budget_bytes": BUDGET, "eviction": eviction}
+    settings = {"max_persistent_cache_size": BUDGET, "eviction": eviction}
     most = sample_while(root, in_children(8, write_all_sizes, root, SECONDS, settings))
     assert most <= BUDGET
     if eviction != "lru":  # there the file is used over and over, and started afresh when it has grown too far
@@ -92,7 +92,7 @@ def test_eight_writers_of_all_sizes_never_exceed_the_budget_and_use_it(root, evi
 
 def test_two_processes_with_different_budgets_each_keep_theirs(root):
     def fill(place, budgets):
-        store = open_store(root, budget_bytes=budgets[place], lock_timeout_seconds=30.0)
+        store = open_store(root, max_persistent_cache_size=budgets[place], lock_timeout_seconds=30.0)
         for number in range(1000 * place, 1000 * place + 400):
             before = directory_bytes(root)
             stored = not put(store, [digest_of(number)], nbytes=100_000).dropped
@@ -104,13 +104,13 @@ def test_two_processes_with_different_budgets_each_keep_theirs(root):
 
 def test_a_budget_smaller_than_what_is_there_stops_writing_and_goes_on_reading(root):
     def fill():
-        put(open_store(root, budget_bytes=BUDGET), digests_of(range(200)), nbytes=100_000)
+        put(open_store(root, max_persistent_cache_size=BUDGET), digests_of(range(200)), nbytes=100_000)
         return directory_bytes(root)
 
     before = in_child(fill)
 
     def use():
-        store = open_store(root, budget_bytes=4 << 20)
+        store = open_store(root, max_persistent_cache_size=4 << 20)
         assert put(store, digests_of(range(1000, 1010)), nbytes=1000).dropped == {"budget": 10}
         assert hits_of(store, digests_of(range(200))) == set(range(200))
 
@@ -118,17 +118,17 @@ def test_a_budget_smaller_than_what_is_there_stops_writing_and_goes_on_reading(r
     assert directory_bytes(root) <= before
 
     def use_as_before():
-        store = open_store(root, budget_bytes=BUDGET)
+        store = open_store(root, max_persistent_cache_size=BUDGET)
         assert put(store, digests_of(range(1000, 1010)), nbytes=1000).rows == 10
 
     in_child(use_as_before)
 
 
 def test_a_budget_smaller_than_what_is_there_is_come_to_where_the_policy_allows(root):
-    in_child(lambda: put(open_store(root, budget_bytes=BUDGET), digests_of(range(200)), nbytes=100_000))
+    in_child(lambda: put(open_store(root, max_persistent_cache_size=BUDGET), digests_of(range(200)), nbytes=100_000))
 
     def use():
-        store = open_store(root, budget_bytes=4 << 20, eviction="lru")
+        store = open_store(root, max_persistent_cache_size=4 << 20, eviction="lru")
         for number in range(1000, 1040):
             put(store, [digest_of(number)], nbytes=50_000)
         assert 39 in hits_of(store, digests_of(range(1000, 1040)))
@@ -140,7 +140,7 @@ def test_a_budget_smaller_than_what_is_there_is_come_to_where_the_policy_allows(
 @pytest.mark.parametrize("eviction", ["stale", "none", "lru"])
 def test_a_budget_too_small_for_one_record_stores_nothing_and_counts_it(root, eviction):
     def use(budget):
-        store = open_store(root, budget_bytes=budget, eviction=eviction)
+        store = open_store(root, max_persistent_cache_size=budget, eviction=eviction)
         assert sum(put(store, [digest_of(1)], nbytes=3_000_000).dropped.values()) == 1
         assert hits_of(store, [digest_of(1)]) == set()
 
@@ -167,7 +167,7 @@ def test_dead_environments_are_removed_as_a_whole_while_other_processes_use_thei
         assert hits_of(store, digests_of(range(100))) == set() or (root / "dead-1").exists()
 
     def write(place):
-        store = open_store(root, f"living-{place}", budget_bytes=BUDGET, lock_timeout_seconds=30.0)
+        store = open_store(root, f"living-{place}", max_persistent_cache_size=BUDGET, lock_timeout_seconds=30.0)
         for number in range(150):
             put(store, [digest_of(number)], nbytes=100_000)
 

@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader
 from tests.processes import datasets
 from tests.processes.datasets import Noted, as_they_are, take_notes, with_a_random_number
-import torchcache.dataset
+import torchcache.doors.samples
 from torchcache import CachedDataset
 
 N = 24
@@ -90,7 +90,7 @@ import sys
 from pathlib import Path
 from torch.utils.data import DataLoader
 from tests.processes.datasets import Noted, as_they_are
-import torchcache.dataset
+import torchcache.doors.samples
 from torchcache import CachedDataset
 
 
@@ -106,7 +106,7 @@ if __name__ == "__main__":
     assert not cached.cache_instance.stats().faults
     print(cached.cache_instance.explain(3).samples[0].found_in)
 else:
-    torchcache.dataset.look_at_state = look
+    torchcache.doors.samples.look_at_state = look
 """
 
 

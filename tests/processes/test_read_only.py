@@ -29,10 +29,12 @@ from tests.storage.known_values import (
     put,
 )
 from torchcache.errors import StoreError
-from torchcache.storage import environment
+from torchcache.kinds import Fault
+from torchcache.storage import environment, files
 from torchcache.storage.access import PRIVATE
+from torchcache.storage.contract import StoreSettings
 from torchcache.storage.directory import CacheDirectory
-from torchcache.storage.lmdb import LmdbStore, StoreSettings
+from torchcache.storage.lmdb import LmdbStore
 
 NOBODY, SOMEBODY = 65534, 61001
 X = torch.arange(32.0).reshape(8, 4)
@@ -272,7 +274,7 @@ def test_a_reader_that_forks_reads_on_in_parent_and_child(root):
 
 
 def reading_store(path):
-    return LmdbStore(CacheDirectory(path, PRIVATE.read_only()), NAME, StoreSettings(budget_bytes=1 << 20))
+    return LmdbStore(CacheDirectory(path, PRIVATE.read_only()), NAME, StoreSettings(max_persistent_cache_size=1 << 20))
 
 
 START_AFRESH = """
@@ -310,9 +312,9 @@ def test_a_reader_follows_an_environment_that_grows_beyond_its_map(root, monkeyp
         (root / NAME / "lock.mdb").unlink()
 
     def follow():
-        monkeypatch.setattr(environment, "_LEAST_MAP_BYTES", 1 << 20)
+        monkeypatch.setattr(files, "_LEAST_MAP_BYTES", 1 << 20)
         store = reading_store(root)
-        store._environment._map_bytes = 1 << 20
+        store._environment.files._map_bytes = 1 << 20
         assert len(hits_of(store, digests_of(range(3000)))) == 10
         run(GROW, root)  # not forked, for which the environment would be closed
         assert len(hits_of(store, digests_of(range(3000)))) == 3000
@@ -325,7 +327,7 @@ OVERWRITER = """
 import random, sys
 from pathlib import Path
 from tests.storage.known_values import NAMESPACE, digests_of, open_store, put
-store, choose = open_store(Path(sys.argv[1]), budget_bytes=1 << 24), random.Random(0)
+store, choose = open_store(Path(sys.argv[1]), max_persistent_cache_size=1 << 24), random.Random(0)
 put(store, digests_of(range(200)), 1000)
 Path(sys.argv[1], "..").chmod(0o755)
 for folder in (Path(sys.argv[1]), *Path(sys.argv[1]).iterdir()):
@@ -371,7 +373,7 @@ def read_on(path, seconds=3.0):
         try:
             lookup = store.get_many(NAMESPACE, digests)
         except StoreError as error:
-            if error.kind != environment.OVERWRITTEN:
+            if error.kind != Fault.OVERWRITTEN:
                 raise
             overtaken += 1
             continue

@@ -30,6 +30,24 @@ def fork() -> int:
         return os.fork()
 
 
+def child_ids() -> set[str]:
+    """Return the ids of this process's children, dead ones that nobody waited for included."""
+    found: set[str] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        # A thread that has ended since it was listed; another one of the process has its children.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.update(path.read_text().split())
+    return found
+
+
+@contextlib.contextmanager
+def no_child_is_left() -> Iterator[None]:
+    """Check that no child of this process is started and not waited for meanwhile."""
+    before = child_ids()
+    yield
+    assert child_ids() <= before, "a child process was left behind"
+
+
 def in_child(function: Callable[..., Any], *args: Any, timeout_seconds: float = 30.0) -> Any:
     """Run ``function(*args)`` in a forked child and return its result."""
     reader, writer = os.pipe()

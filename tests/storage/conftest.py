@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.storage.children import no_child_is_left
 from tests.storage.known_values import forget_environments, open_store, verify
 
 
@@ -30,11 +31,5 @@ def store(root: Path):
 @pytest.fixture(autouse=True)
 def nothing_is_left():
     """No child process outlives its test."""
-    before = children()
-    yield
-    assert children() <= before, "a child process was left behind"
-
-
-def children() -> set[str]:
-    """Return the ids of this process's children, dead ones that nobody waited for included."""
-    return {pid for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+    with no_child_is_left():
+        yield

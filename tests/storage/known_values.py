@@ -13,11 +13,12 @@ import numpy as np
 
 from torchcache.layout import Layout, Leaf, Rows
 from torchcache.storage import environment
-from torchcache.storage.contract import Lookup, Packed, Verdict, Written
+from torchcache.storage.contract import Lookup, Packed, StoreSettings, Verdict, Written
 from torchcache.storage.directory import CacheDirectory
-from torchcache.storage.lmdb import _LOCATION, LmdbStore, Namespace, StoreSettings, _parse_namespace
+from torchcache.storage.lmdb import LmdbStore
 from torchcache.storage.record import digest_of as record_digest_of
 from torchcache.storage.record import length_of, unpack
+from torchcache.storage.table import LOCATION, Namespace, parse_namespace
 
 NAMESPACE = b"one namespace...".ljust(16)
 NAME = "module-hash"
@@ -50,7 +51,7 @@ def rows_of(digests: Sequence[bytes], nbytes: int = 100, namespace: bytes = NAME
 
 def open_store(path: Path, name: str = NAME, **settings: object) -> LmdbStore:
     """Open a store as a cache does."""
-    settings = {"budget_bytes": 1 << 30, **settings}
+    settings = {"max_persistent_cache_size": 1 << 30, **settings}
     return LmdbStore(CacheDirectory(path), name, StoreSettings(**settings))
 
 
@@ -96,7 +97,7 @@ def entry_of(store: LmdbStore, namespace: bytes = NAMESPACE) -> Namespace | None
     """Return a namespace's entry as it is on disk."""
     with store._environment.reading() as txn:
         value = txn.get(b"n" + namespace)
-        return None if value is None else _parse_namespace(bytes(value))
+        return None if value is None else parse_namespace(bytes(value))
 
 
 def close_environments() -> None:
@@ -132,14 +133,14 @@ def verify(path: Path) -> int:
     numbers = {}
     for key, value in entries.items():
         if key[:1] == b"n":
-            entry = _parse_namespace(value)
+            entry = parse_namespace(value)
             if entry is not None:
                 numbers[entry.number] = key[1:]
     count = 0
     for key, location in entries.items():
         if key[:1] != b"i":
             continue
-        _, offset, length = _LOCATION.unpack(location)
+        _, offset, length = LOCATION.unpack(location)
         segment = entries[b"s" + key[1:4] + location[:4]]
         record = segment[offset : offset + length] if length else segment[offset:]
         assert length_of(record) == len(record)

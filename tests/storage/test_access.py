@@ -17,10 +17,11 @@ from tests.storage.children import ChildFailedError, in_child
 from tests.storage.known_values import NAME, digest_of, digests_of, forget_environments, hits_of, put
 from torchcache.errors import StoreError
 from torchcache.storage.access import GROUP, PRIVATE
+from torchcache.storage.contract import StoreSettings
 from torchcache.storage.directory import LOCK_NAME, MARKER_NAME, CacheDirectory
-from torchcache.storage.lmdb import LmdbStore, StoreSettings
+from torchcache.storage.lmdb import LmdbStore
 
-SETTINGS = StoreSettings(budget_bytes=1 << 26)
+SETTINGS = StoreSettings(max_persistent_cache_size=1 << 26)
 ALICE, BOB, TEAM, OUTSIDER = 61001, 61002, 61100, 61003
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be several users")
@@ -56,7 +57,9 @@ def as_user(user, function, *args, groups=(TEAM,), umask=0o022):
 
 
 def open_as(path, access, **settings):
-    return LmdbStore(CacheDirectory(path, access), NAME, StoreSettings(**{"budget_bytes": 1 << 26, **settings}))
+    return LmdbStore(
+        CacheDirectory(path, access), NAME, StoreSettings(**{"max_persistent_cache_size": 1 << 26, **settings})
+    )
 
 
 def write(path, access, first, **settings):
@@ -228,9 +231,14 @@ def test_what_we_may_not_look_into_does_not_stop_writing(place, access):
     found.mkdir(mode=0o700)
     (found / "data.mdb").write_bytes(b"")
     as_user(ALICE, write, cache, access, 10)
-    full = as_user(ALICE, lambda: open_as(cache, access, budget_bytes=300_000).put_many([]))
+    full = as_user(ALICE, lambda: open_as(cache, access, max_persistent_cache_size=300_000).put_many([]))
     assert not full.dropped
-    as_user(ALICE, lambda: [put(open_as(cache, access, budget_bytes=300_000), [digest_of(n)], 3000) for n in range(90)])
+    as_user(
+        ALICE,
+        lambda: [
+            put(open_as(cache, access, max_persistent_cache_size=300_000), [digest_of(n)], 3000) for n in range(90)
+        ],
+    )
 
 
 def test_root_may_use_the_directory_of_a_user(place):

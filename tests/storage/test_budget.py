@@ -30,11 +30,12 @@ from tests.storage.known_values import (
 )
 from torchcache.errors import StoreError
 from torchcache.storage import budget as budgets
+from torchcache.storage import commit, eviction, table
 from torchcache.storage import lmdb as lmdb_store
 from torchcache.storage.access import PRIVATE
-from torchcache.storage.contract import Verdict
+from torchcache.storage.contract import StoreSettings, Verdict
 from torchcache.storage.directory import CacheDirectory
-from torchcache.storage.lmdb import LmdbStore, StoreSettings
+from torchcache.storage.lmdb import LmdbStore
 
 NAMESPACES = [b"%016d" % i for i in range(6)]
 
@@ -56,8 +57,8 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(lmdb_store, "time", clock)
-    monkeypatch.setattr(budgets, "time", clock)
+    for module in (lmdb_store, table, commit, eviction, budgets):
+        monkeypatch.setattr(module, "time", clock)
     return clock
 
 
@@ -102,13 +103,13 @@ class Sampler:
 def test_no_commit_grows_the_file_by_more_than_its_bound(root, seed, monkeypatch):
     """Rows of all sizes in commits of all sizes, with evictions between them, and readers that hold pages."""
     bounds = []
-    growth_bytes = lmdb_store._Write.growth_bytes
+    growth_bytes = commit.Commit.growth_bytes
 
     def noted(write):
         bounds.append(growth_bytes(write))
         return bounds[-1]
 
-    monkeypatch.setattr(lmdb_store._Write, "growth_bytes", noted)
+    monkeypatch.setattr(commit.Commit, "growth_bytes", noted)
     rng = random.Random(seed)
     store = open_store(root)
     put(store, digests_of([0]))
@@ -121,9 +122,9 @@ def test_no_commit_grows_the_file_by_more_than_its_bound(root, seed, monkeypatch
             packed += packed_of(store, digests_of(range(number, number + n)), nbytes, rng.choice(NAMESPACES))
             number += n
         if rng.random() < 0.2:
-            keys = store._oldest_segments(b"\xff") if hasattr(store, "_oldest_segments") else []
+            keys = store._eviction.oldest_segments(b"\xff", store._uses)
             if keys:
-                store._delete_slices(keys[: rng.randrange(1, 30)], 1 << 40)
+                store._eviction.delete_slices(keys[: rng.randrange(1, 30)], 1 << 40)
         before, bounds[:] = (store.path / "data.mdb").stat().st_size, []
         store.put_many(packed)
         grown = (store.path / "data.mdb").stat().st_size - before
@@ -134,10 +135,8 @@ def test_no_commit_grows_the_file_by_more_than_its_bound(root, seed, monkeypatch
 @pytest.mark.parametrize("seed", range(3))
 def test_the_bound_holds_for_a_large_tree_of_small_rows(root, seed, monkeypatch):
     bounds = []
-    growth_bytes = lmdb_store._Write.growth_bytes
-    monkeypatch.setattr(
-        lmdb_store._Write, "growth_bytes", lambda write: bounds.append(growth_bytes(write)) or bounds[-1]
-    )
+    growth_bytes = commit.Commit.growth_bytes
+    monkeypatch.setattr(commit.Commit, "growth_bytes", lambda write: bounds.append(growth_bytes(write)) or bounds[-1])
     rng = random.Random(seed)
     store = open_store(root)
     number = 0
@@ -159,12 +158,12 @@ def test_a_deletion_grows_the_file_by_no_more_than_the_room_it_was_given(root, m
     store = open_store(root)
     for first in range(0, 30_000, 2000):
         put(store, digests_of(range(first, first + 2000)), nbytes=60)
-    segments = store._oldest_segments(b"\xff")
+    segments = store._eviction.oldest_segments(b"\xff", store._uses)
     assert len(segments) > 20
     for key in segments[::5]:
         rooms[:] = []
         before = (store.path / "data.mdb").stat().st_size
-        store._delete_slices([key], 1 << 40)
+        store._eviction.delete_slices([key], 1 << 40)
         assert rooms, "a deletion that nobody asked the budget for"
         assert (store.path / "data.mdb").stat().st_size - before <= 500_000 * len(rooms)
 
@@ -235,7 +234,7 @@ def test_what_may_be_deleted_grows_with_the_room_there_is(store):
 )  # fmt: skip
 def test_the_bytes_under_the_directory_never_exceed_the_budget(root, limit, nbytes, eviction):
     """Three times the budget is offered, in commits as the writer makes them, by two stores and with reads."""
-    stores = [open_store(root, name, budget_bytes=limit, eviction=eviction) for name in ("one", "other")]
+    stores = [open_store(root, name, max_persistent_cache_size=limit, eviction=eviction) for name in ("one", "other")]
     rng = random.Random(limit + nbytes)
     per_commit = max(1, min(stores[0].most_commit_bytes // (nbytes + 60), 4096))
     number = 0
@@ -261,7 +260,7 @@ def test_the_bytes_under_the_directory_never_exceed_the_budget(root, limit, nbyt
 def test_marks_of_use_never_exceed_the_budget_either(root, nbytes, clock):
     """What is read is noted on disk, in a full store too."""
     limit = 200_000
-    store = open_store(root, budget_bytes=limit, eviction="lru")
+    store = open_store(root, max_persistent_cache_size=limit, eviction="lru")
     for first in range(0, 4000, 20):
         put(store, digests_of(range(first, first + 20)), nbytes=nbytes)
     for step in range(40):
@@ -273,7 +272,7 @@ def test_marks_of_use_never_exceed_the_budget_either(root, nbytes, clock):
 
 def test_at_least_four_fifths_of_a_budget_hold_rows_of_three_kilobytes(root):
     limit, nbytes = 20_000_000, 3000
-    store = open_store(root, budget_bytes=limit)
+    store = open_store(root, max_persistent_cache_size=limit)
     rows = first = 0
     while True:
         written = put(store, digests_of(range(first, first + 100)), nbytes=nbytes)
@@ -303,7 +302,7 @@ def test_several_processes_together_keep_to_the_budget(root):
 
 def write_three_times_the_budget(root, limit, name):
     forget_environments()
-    store = open_store(root, name, budget_bytes=limit, eviction="lru", lock_timeout_seconds=20.0)
+    store = open_store(root, name, max_persistent_cache_size=limit, eviction="lru", lock_timeout_seconds=20.0)
     first = os.getpid() * 100_000
     for i in range(0, limit // 2000, 20):
         put(store, digests_of(range(first + i, first + i + 20)), nbytes=2000)
@@ -311,7 +310,7 @@ def write_three_times_the_budget(root, limit, name):
 
 @pytest.mark.parametrize("limit", [1, 1000, 20_000, 60_000])
 def test_a_budget_too_small_for_anything_stores_nothing_and_says_so_once(root, limit, caplog):
-    store = open_store(root, budget_bytes=limit)
+    store = open_store(root, max_persistent_cache_size=limit)
     with caplog.at_level(logging.WARNING):
         for first in range(0, 50, 10):
             written = put(store, digests_of(range(first, first + 10)))
@@ -322,7 +321,7 @@ def test_a_budget_too_small_for_anything_stores_nothing_and_says_so_once(root, l
 
 
 def test_a_row_larger_than_the_budget_is_passed_by_and_smaller_ones_go_on(root):
-    store = open_store(root, budget_bytes=1_000_000)
+    store = open_store(root, max_persistent_cache_size=1_000_000)
     put(store, digests_of(range(10)), nbytes=1000)
     written = put(store, digests_of([100]), nbytes=2_000_000)
     assert dict(written.dropped) == {"budget": 1}
@@ -331,7 +330,7 @@ def test_a_row_larger_than_the_budget_is_passed_by_and_smaller_ones_go_on(root):
 
 
 def test_other_files_under_the_directory_count_too(root):
-    store = open_store(root, budget_bytes=1_000_000)
+    store = open_store(root, max_persistent_cache_size=1_000_000)
     put(store, digests_of([0]))
     (root / "notes").mkdir()
     (root / "notes" / "large").write_bytes(bytes(900_000))
@@ -342,7 +341,7 @@ def test_other_files_under_the_directory_count_too(root):
 
 
 def test_what_is_full_says_so_once_with_the_remedy(root, caplog):
-    store = open_store(root, budget_bytes=300_000)
+    store = open_store(root, max_persistent_cache_size=300_000)
     with caplog.at_level(logging.WARNING):
         for first in range(0, 2000, 50):
             put(store, digests_of(range(first, first + 50)), nbytes=1000)
@@ -357,7 +356,7 @@ def test_a_lowered_budget_keeps_what_is_there_adds_nothing_and_says_so_once(root
     put(open_store(root), digests_of(range(500)), nbytes=3000)
     before = directory_bytes(root)
     forget_environments()
-    lowered = open_store(root, budget_bytes=1_000_000, eviction=eviction)
+    lowered = open_store(root, max_persistent_cache_size=1_000_000, eviction=eviction)
     clock.offset = 400.0  # a mark of use is due, and finds no room
     lowered.touch(NAMESPACE)
     assert len(caplog.records) == 1
@@ -373,16 +372,16 @@ def test_a_lowered_budget_keeps_what_is_there_adds_nothing_and_says_so_once(root
 def test_a_lowered_budget_makes_an_environment_start_afresh_with_lru(root):
     put(open_store(root), digests_of(range(500)), nbytes=3000)
     forget_environments()
-    lowered = open_store(root, budget_bytes=1_000_000, eviction="lru")
+    lowered = open_store(root, max_persistent_cache_size=1_000_000, eviction="lru")
     assert put(lowered, digests_of(range(500, 510)), nbytes=3000).rows == 10
     assert directory_bytes(root) <= 1_000_000
 
 
 def test_a_second_store_of_one_process_has_the_room_of_its_larger_budget(root, monkeypatch):
-    monkeypatch.setattr("torchcache.storage.environment._LEAST_MAP_BYTES", 1 << 20)
-    small = open_store(root, budget_bytes=1_000_000)
+    monkeypatch.setattr("torchcache.storage.files._LEAST_MAP_BYTES", 1 << 20)
+    small = open_store(root, max_persistent_cache_size=1_000_000)
     assert put(small, digests_of(range(10)), nbytes=3000).rows == 10
-    large = open_store(root, budget_bytes=100_000_000)
+    large = open_store(root, max_persistent_cache_size=100_000_000)
     assert put(large, digests_of(range(10, 3010)), nbytes=3000).rows == 3000
     assert hits_of(small, digests_of(range(3010))) == set(range(3010))
     assert dict(put(small, digests_of([5000]), nbytes=3000).dropped) == {"budget": 1}
@@ -393,7 +392,7 @@ def test_a_second_store_of_one_process_has_the_room_of_its_larger_budget(root, m
 def test_marks_verdicts_and_deletions_keep_to_the_last_bytes_of_the_budget(root, clock, room, eviction):
     """Somebody else's file leaves exactly so much room; what does not fit is left out."""
     limit = 20_000_000
-    store = open_store(root, budget_bytes=limit, eviction=eviction)
+    store = open_store(root, max_persistent_cache_size=limit, eviction=eviction)
     for first in range(0, 4000, 1000):
         put(store, digests_of(range(first, first + 1000)), nbytes=60, namespace=NAMESPACES[first // 1000 % 2])
     # The free pages of earlier commits would take the new ones, and a reader keeps them from it.
@@ -432,7 +431,7 @@ def test_marks_verdicts_and_deletions_keep_to_the_last_bytes_of_the_budget(root,
 
 @pytest.mark.parametrize("limit", [1, 20_000, 60_000])
 def test_a_budget_too_small_for_a_verdict_drops_it(root, limit, caplog):
-    store = open_store(root, budget_bytes=limit)
+    store = open_store(root, max_persistent_cache_size=limit)
     store.judge(NAMESPACE, Verdict.DEPENDENT)
     store.touch(NAMESPACE)
     assert store.delete_many(NAMESPACE, digests_of([1])) == 0
@@ -443,7 +442,7 @@ def test_a_budget_too_small_for_a_verdict_drops_it(root, limit, caplog):
 
 def test_marks_verdicts_and_deletions_go_on_in_a_store_that_is_full_of_rows(root, clock):
     """Else what is in use would count as stale after an hour, and the wrong rows would stay."""
-    store = open_store(root, budget_bytes=20_000_000)
+    store = open_store(root, max_persistent_cache_size=20_000_000)
     rows = fill(store, nbytes=3000, step=100)
     for step in range(20):
         clock.offset += 700
@@ -474,7 +473,7 @@ def fill(store, namespace=NAMESPACE, first=0, nbytes=3000, step=20):
 
 @pytest.mark.parametrize("eviction", ["none", "stale"])
 def test_a_full_store_in_use_keeps_what_it_has(root, eviction):
-    store = open_store(root, budget_bytes=2_000_000, eviction=eviction)
+    store = open_store(root, max_persistent_cache_size=2_000_000, eviction=eviction)
     rows = fill(store)
     for first in range(10_000, 12_000, 20):
         put(store, digests_of(range(first, first + 20)), nbytes=3000)
@@ -485,15 +484,15 @@ def test_a_full_store_in_use_keeps_what_it_has(root, eviction):
 def test_stale_environments_go_first_oldest_first_and_no_more_than_needed(root, caplog):
     limit = 4_000_000
     for i in range(3):
-        other = open_store(root, f"old-{i}", budget_bytes=limit)
+        other = open_store(root, f"old-{i}", max_persistent_cache_size=limit)
         put(other, digests_of(range(200)), nbytes=3000)
-    fresh = open_store(root, "fresh", budget_bytes=limit)
+    fresh = open_store(root, "fresh", max_persistent_cache_size=limit)
     put(fresh, digests_of(range(10)))
     forget_environments()
     now = time.time()
     for i, age in enumerate((7200, 14400, 5000)):
         os.utime(root / f"old-{i}" / "data.mdb", (now - age, now - age))
-    store = open_store(root, budget_bytes=limit)
+    store = open_store(root, max_persistent_cache_size=limit)
     first = 0
     with caplog.at_level(logging.INFO, logger="torchcache"):
         while (root / "old-1").exists():
@@ -507,37 +506,41 @@ def test_stale_environments_go_first_oldest_first_and_no_more_than_needed(root, 
 def test_a_full_directory_makes_room_for_a_new_module_hash(root):
     """The user edited the code: what nobody touched for an hour goes, and the new code is cached."""
     limit = 2_000_000
-    fill(open_store(root, "old-code", budget_bytes=limit))
+    fill(open_store(root, "old-code", max_persistent_cache_size=limit))
     forget_environments()
     os.utime(root / "old-code" / "data.mdb", (1, 1))
-    store = open_store(root, budget_bytes=limit)
+    store = open_store(root, max_persistent_cache_size=limit)
     assert put(store, digests_of(range(10)), nbytes=3000).rows == 10
     assert not (root / "old-code").exists()
 
 
 def test_environments_that_were_touched_within_the_hour_stay(root):
     limit = 2_000_000
-    other = open_store(root, "other", budget_bytes=limit)
+    other = open_store(root, "other", max_persistent_cache_size=limit)
     put(other, digests_of(range(300)), nbytes=3000)
     forget_environments()
     recently = time.time() - 3000
     os.utime(root / "other" / "data.mdb", (recently, recently))
-    fill(open_store(root, budget_bytes=limit))
-    assert hits_of(open_store(root, "other", budget_bytes=limit), digests_of(range(300))) == set(range(300))
+    fill(open_store(root, max_persistent_cache_size=limit))
+    assert hits_of(open_store(root, "other", max_persistent_cache_size=limit), digests_of(range(300))) == set(
+        range(300)
+    )
 
 
 def test_with_eviction_none_nothing_ever_goes(root):
     limit = 2_000_000
-    other = open_store(root, "other", budget_bytes=limit)
+    other = open_store(root, "other", max_persistent_cache_size=limit)
     put(other, digests_of(range(300)), nbytes=3000)
     forget_environments()
     os.utime(root / "other" / "data.mdb", (1, 1))
-    fill(open_store(root, budget_bytes=limit, eviction="none"))
-    assert hits_of(open_store(root, "other", budget_bytes=limit), digests_of(range(300))) == set(range(300))
+    fill(open_store(root, max_persistent_cache_size=limit, eviction="none"))
+    assert hits_of(open_store(root, "other", max_persistent_cache_size=limit), digests_of(range(300))) == set(
+        range(300)
+    )
 
 
 def test_stale_namespaces_of_the_environment_go_when_it_is_full(root, clock):
-    store = open_store(root, budget_bytes=3_000_000)
+    store = open_store(root, max_persistent_cache_size=3_000_000)
     put(store, digests_of(range(100)), nbytes=3000, namespace=NAMESPACES[0])
     clock.offset = 7200
     put(store, digests_of(range(100)), nbytes=3000, namespace=NAMESPACES[1])
@@ -547,7 +550,7 @@ def test_stale_namespaces_of_the_environment_go_when_it_is_full(root, clock):
 
 
 def test_a_namespace_that_is_only_read_is_kept_by_being_touched(root, clock):
-    store = open_store(root, budget_bytes=3_000_000)
+    store = open_store(root, max_persistent_cache_size=3_000_000)
     for namespace in NAMESPACES[:2]:
         put(store, digests_of(range(100)), nbytes=3000, namespace=namespace)
     clock.offset = 7200
@@ -561,7 +564,7 @@ def test_a_namespace_that_is_only_read_is_kept_by_being_touched(root, clock):
 
 def test_lru_goes_on_inserting_for_three_times_the_budget_and_keeps_the_newest(root, clock):
     limit, nbytes = 3_000_000, 3000
-    store = open_store(root, budget_bytes=limit, eviction="lru")
+    store = open_store(root, max_persistent_cache_size=limit, eviction="lru")
     number = dropped = 0
     while number * nbytes < 4 * limit:
         clock.offset += 1
@@ -578,7 +581,7 @@ def test_lru_goes_on_inserting_for_three_times_the_budget_and_keeps_the_newest(r
 @pytest.mark.parametrize("nbytes", [100, 1000, 20_000, 100_000])
 def test_lru_goes_on_inserting_rows_of_every_size(root, clock, nbytes):
     limit = 5_000_000
-    store = open_store(root, budget_bytes=limit, eviction="lru")
+    store = open_store(root, max_persistent_cache_size=limit, eviction="lru")
     step = max(1, store.most_commit_bytes // (nbytes + 60))
     number = dropped = 0
     while number * nbytes < 3 * limit:
@@ -592,7 +595,7 @@ def test_lru_goes_on_inserting_rows_of_every_size(root, clock, nbytes):
 
 def test_lru_keeps_what_is_read(root, clock):
     limit, nbytes = 3_000_000, 3000
-    store = open_store(root, budget_bytes=limit, eviction="lru")
+    store = open_store(root, max_persistent_cache_size=limit, eviction="lru")
     favourites = digests_of(range(20))
     put(store, favourites, nbytes=nbytes)
     number = 1000
@@ -608,7 +611,7 @@ def test_lru_keeps_what_is_read(root, clock):
 
 def test_evicted_rows_can_be_written_again(root, clock):
     limit, nbytes = 2_000_000, 3000
-    store = open_store(root, budget_bytes=limit, eviction="lru")
+    store = open_store(root, max_persistent_cache_size=limit, eviction="lru")
     for _ in range(3):
         for first in range(0, 1000, 20):
             clock.offset += 1
@@ -619,7 +622,7 @@ def test_evicted_rows_can_be_written_again(root, clock):
 
 def test_eviction_leaves_no_index_entry_without_its_record(root, clock):
     """Nor marks of use of segments that are gone; ``verify`` looks at both when the test ends."""
-    store = open_store(root, budget_bytes=1_500_000, eviction="lru")
+    store = open_store(root, max_persistent_cache_size=1_500_000, eviction="lru")
     for first in range(0, 2000, 20):
         clock.offset += 1
         put(store, digests_of(range(first, first + 20)), nbytes=2000, namespace=NAMESPACES[first // 20 % 3])
@@ -636,7 +639,7 @@ def test_eviction_leaves_no_index_entry_without_its_record(root, clock):
 
 def test_a_verdict_goes_with_its_stale_namespace_only(root, clock):
     """It is as small as a row of the index, but there may be one for every state the module ever had."""
-    store = open_store(root, budget_bytes=3_000_000)
+    store = open_store(root, max_persistent_cache_size=3_000_000)
     old, empty, used = NAMESPACES[:3]
     put(store, digests_of(range(50)), nbytes=3000, namespace=old)
     for namespace in (old, empty, used):
@@ -650,7 +653,7 @@ def test_a_verdict_goes_with_its_stale_namespace_only(root, clock):
 
 
 def test_a_verdict_outlives_its_rows_under_lru(root, clock):
-    store = open_store(root, budget_bytes=5_000_000, eviction="lru")
+    store = open_store(root, max_persistent_cache_size=5_000_000, eviction="lru")
     put(store, digests_of(range(20)), nbytes=3000)
     store.judge(NAMESPACE, Verdict.INDEPENDENT)
     number = 0
@@ -664,7 +667,7 @@ def test_a_verdict_outlives_its_rows_under_lru(root, clock):
 
 
 def test_rows_that_may_not_be_stored_evict_nothing(root, clock, monkeypatch):
-    store = open_store(root, budget_bytes=3_000_000)
+    store = open_store(root, max_persistent_cache_size=3_000_000)
     store.judge(NAMESPACE, Verdict.DEPENDENT)
     put(store, digests_of(range(100)), nbytes=3000, namespace=NAMESPACES[0])
     fill(store, NAMESPACES[1])
@@ -675,7 +678,7 @@ def test_rows_that_may_not_be_stored_evict_nothing(root, clock, monkeypatch):
 
 
 def test_clearing_makes_room_at_once(root):
-    store = open_store(root, budget_bytes=1_000_000)
+    store = open_store(root, max_persistent_cache_size=1_000_000)
     fill(store)
     store.delete_all()
     assert store.shortage() is None
@@ -685,7 +688,7 @@ def test_clearing_makes_room_at_once(root):
 
 def test_a_full_store_rests_and_asks_again(root, monkeypatch):
     monkeypatch.setattr(budgets, "_REST_SECONDS", 60.0)
-    store = open_store(root, budget_bytes=1_000_000)
+    store = open_store(root, max_persistent_cache_size=1_000_000)
     assert store.shortage() is None
     fill(store)
     assert store.shortage() == "budget"
@@ -715,7 +718,7 @@ def disk(monkeypatch):
     ],
 )
 def test_writing_stops_before_the_disk_has_less_room_than_min_free_disk(root, disk, caplog, total, min_free, least):
-    store = open_store(root, min_free_bytes=min_free)
+    store = open_store(root, min_free_disk=min_free)
     disk.total, disk.free = total, least + (8 << 20)
     assert put(store, digests_of(range(10)), nbytes=3000).rows == 10
     disk.free = least + 20_000
@@ -744,7 +747,7 @@ def test_a_file_system_that_does_not_say_how_large_it_is_is_written_to(root, dis
 
 def test_on_a_nearly_full_disk_lru_writes_into_pages_of_its_own(root, disk):
     """What others need the disk for is not a reason to keep old rows for ever."""
-    store = open_store(root, eviction="lru", budget_bytes=100 << 20)
+    store = open_store(root, eviction="lru", max_persistent_cache_size=100 << 20)
     put(store, digests_of(range(2000)), nbytes=3000)
     disk.free = int(1e9) + 1000
     before = directory_bytes(root)
@@ -779,7 +782,7 @@ def test_a_data_set_of_the_user_s_beside_the_cache_is_never_removed(root, disk, 
     before = foreign_data_set(root / "lsun_train_lmdb")
     if short == "disk":
         disk.free = 0
-    store = open_store(root, budget_bytes=1_000_000 if short == "budget" else 1 << 30, eviction=eviction)
+    store = open_store(root, max_persistent_cache_size=1_000_000 if short == "budget" else 1 << 30, eviction=eviction)
     for first in range(0, 400, 20):
         put(store, digests_of(range(first, first + 20)), nbytes=3000)
     assert (root / "lsun_train_lmdb" / "data.mdb").read_bytes() == before
@@ -804,7 +807,9 @@ def test_beside_the_files_of_torchcache_0_6_a_cache_of_the_same_name_is_made_and
     assert sorted(entry.name for entry in (root / "pinned").iterdir()) == ["-5.pt.br", "0.pt.br", "123456789.pt.br"]
 
     forget_environments()
-    reader = LmdbStore(CacheDirectory(root, PRIVATE.read_only()), "pinned", StoreSettings(budget_bytes=1 << 30))
+    reader = LmdbStore(
+        CacheDirectory(root, PRIVATE.read_only()), "pinned", StoreSettings(max_persistent_cache_size=1 << 30)
+    )
     assert hits_of(reader, digests_of(range(5))) == set(range(5))
 
     shutil.rmtree(root / "pinned")
@@ -839,9 +844,24 @@ def test_a_data_set_of_the_user_s_under_the_name_of_the_cache_is_left_alone(root
 
 
 def test_a_directory_that_only_looks_like_trash_is_left_alone(root):
-    store = open_store(root, budget_bytes=300_000)
+    store = open_store(root, max_persistent_cache_size=300_000)
     (root / ".trash-1000").mkdir()
     (root / ".trash-1000" / "file").write_text("kept")
     for number in range(90):
         put(store, [digest_of(number)], nbytes=3000)
     assert (root / ".trash-1000" / "file").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("counts", "said"),
+    [((90, 10), "Raise max_persistent_cache_size"), ((1, 100), "Only 1 samples were found so far, and 100 were not")],
+)
+def test_a_full_directory_of_a_cache_with_few_hits_is_told_first_to_look_for_the_cause(root, caplog, counts, said):
+    caplog.set_level(logging.WARNING)
+    settings = StoreSettings(max_persistent_cache_size=1 << 20)
+    budget = budgets.Budget(CacheDirectory(root), settings, lambda: counts)
+    budget.rest(1 << 21)
+    (line,) = [record.getMessage() for record in caplog.records if "is full" in record.getMessage()]
+    _, _, remedy = line.partition("not stored on disk. ")
+    assert remedy.startswith(said)
+    assert "raise max_persistent_cache_size" in remedy.lower()

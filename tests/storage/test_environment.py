@@ -35,7 +35,7 @@ from tests.storage.known_values import (
 )
 from torchcache.errors import StoreError
 from torchcache.storage.directory import CacheDirectory
-from torchcache.storage.environment import FORMAT, FORMAT_KEY
+from torchcache.storage.files import FORMAT, FORMAT_KEY
 
 NOBODY = 65534
 
@@ -214,7 +214,7 @@ def test_a_store_set_aside_counts_against_the_budget_and_can_be_evicted(damaged_
     """Files that nobody can read must not keep a full budget full for ever."""
     data = damaged_root / "module-hash" / "data.mdb"
     data.write_bytes(bytes(1_600_000))
-    store = open_store(damaged_root, budget_bytes=2_000_000)
+    store = open_store(damaged_root, max_persistent_cache_size=2_000_000)
     with contextlib.suppress(StoreError):
         put(store, [digest_of(0)])
     assert directory_bytes(damaged_root) <= 2_000_000
@@ -283,7 +283,7 @@ def test_an_environment_of_another_format_is_not_touched(damaged_root):
 
 def test_an_environment_of_a_smaller_map_is_still_read_and_written(root):
     """Another process, with a smaller budget, wrote it; and one with a larger one goes on."""
-    small = open_store(root, budget_bytes=10_000_000)
+    small = open_store(root, max_persistent_cache_size=10_000_000)
     put(small, digests_of(range(10)))
     in_child(write_much, root)
     assert hits_of(small, digests_of(range(10))) == set(range(10))
@@ -293,14 +293,14 @@ def test_an_environment_of_a_smaller_map_is_still_read_and_written(root):
 
 def write_much(root):
     forget_environments()
-    store = open_store(root, budget_bytes=200_000_000)
+    store = open_store(root, max_persistent_cache_size=200_000_000)
     for first in range(5000, 5100, 10):
         put(store, digests_of(range(first, first + 10)), nbytes=1_000_000)
 
 
 def test_a_map_that_another_process_outgrew_is_opened_again(root, monkeypatch):
-    monkeypatch.setattr("torchcache.storage.environment._LEAST_MAP_BYTES", 1 << 20)
-    store = open_store(root, budget_bytes=1 << 18)
+    monkeypatch.setattr("torchcache.storage.files._LEAST_MAP_BYTES", 1 << 20)
+    store = open_store(root, max_persistent_cache_size=1 << 18)
     put(store, digests_of(range(10)))
     in_child(write_much, root)
     for _ in range(3):
@@ -312,9 +312,9 @@ def test_a_map_that_another_process_outgrew_is_opened_again(root, monkeypatch):
 
 
 def test_readers_that_were_killed_do_not_block_new_ones(root, monkeypatch):
-    monkeypatch.setattr("torchcache.storage.environment._MOST_READERS", 4)
+    monkeypatch.setattr("torchcache.storage.files._MOST_READERS", 4)
     store = open_store(root)
-    monkeypatch.setattr(type(store._environment), "_readers", lambda self: 4)
+    monkeypatch.setattr(type(store._environment.files), "_readers", lambda self: 4)
     put(store, digests_of(range(3)))
     for _ in range(8):
         in_child(read_and_stay_registered, root)
@@ -331,8 +331,8 @@ def read_and_stay_registered(root):
 def test_opening_is_not_tried_again_at_once_after_it_failed(damaged_root):
     garbage(damaged_root / "module-hash" / "data.mdb", None)
     store = open_store(damaged_root)
-    tries, open_it = [], store._environment._open
-    store._environment._open = lambda: tries.append(time.monotonic()) or open_it()
+    tries, open_it = [], store._environment.files.open
+    store._environment.files.open = lambda: tries.append(time.monotonic()) or open_it()
     for _ in range(2000):
         with pytest.raises(StoreError):
             store.get_many(NAMESPACE, [digest_of(0)])
@@ -642,7 +642,7 @@ def use_under_a_limit(root, limit, value):
     resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
     found = 0
     with contextlib.suppress(StoreError):
-        store = open_store(root, budget_bytes=50_000_000)
+        store = open_store(root, max_persistent_cache_size=50_000_000)
         with contextlib.suppress(StoreError):
             found = len(hits_of(store, digests_of(range(10))))
         with contextlib.suppress(StoreError):

@@ -43,7 +43,7 @@ class StoreModel(RuleBasedStateMachine):
     @initialize(zstd_level=st.sampled_from([None, 1]))
     def make(self, zstd_level):
         self.root = Path(tempfile.mkdtemp(prefix="torchcache-model-"))
-        self.settings = {"budget_bytes": BUDGET, "zstd_level": zstd_level}
+        self.settings = {"max_persistent_cache_size": BUDGET, "zstd_level": zstd_level}
         self.store = open_store(self.root, **self.settings)
         self.model: dict[tuple[bytes, int], int] = {}
         self.verdicts: dict[bytes, Verdict] = {}
@@ -175,7 +175,7 @@ class SmallStoreModel(RuleBasedStateMachine):
         logging.getLogger("torchcache.storage").setLevel(logging.ERROR)  # it is full all the time
         self.root = Path(tempfile.mkdtemp(prefix="torchcache-model-"))
         self.limit = limit
-        self.settings = {"budget_bytes": limit, "eviction": eviction}
+        self.settings = {"max_persistent_cache_size": limit, "eviction": eviction}
         self.store = open_store(self.root, **self.settings)
 
     @rule(namespace=namespaces, first=st.integers(0, 300), n=st.integers(1, 30), nbytes=sizes)
@@ -250,3 +250,19 @@ class TestStoreAgainstADict(StoreModel.TestCase):
 
 class TestSmallStore(SmallStoreModel.TestCase):
     pass
+
+
+def test_room_for_the_rest_of_a_put_is_not_made_of_rows_that_it_found():
+    first, second, third = NAMESPACES[:3]
+    state = SmallStoreModel()
+    state.make(eviction="lru", limit=500_000)
+    try:
+        state.put(namespace=third, first=300, n=29, nbytes=0)
+        state.put(namespace=second, first=50, n=10, nbytes=70_000)
+        state.put(namespace=second, first=161, n=15, nbytes=700)
+        state.put(namespace=first, first=282, n=21, nbytes=50)
+        state.put(namespace=third, first=44, n=14, nbytes=700)
+        for _ in range(2):  # the second time, 16 rows are there
+            state.put(namespace=second, first=171, n=18, nbytes=700)
+    finally:
+        state.teardown()

@@ -19,7 +19,7 @@ from xxhash import xxh3_64_digest
 from tests.storage.children import in_child
 from tests.storage.known_values import NAMESPACE, digest_of, plain_layout, rows_of
 from torchcache.errors import CorruptRecordError
-from torchcache.layout import CHANNELS_LAST, CHANNELS_LAST_3D, DTYPE_SIZES, Layout, Leaf, Rows
+from torchcache.layout import CHANNELS_LAST, CHANNELS_LAST_3D, DTYPE_SIZES, MAX_LEAVES, Layout, Leaf, Rows
 from torchcache.storage.record import length_of, pack_rows, refusal_of, seed_of, unpack, unpack_many
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -225,7 +225,7 @@ HOSTILE = {
     "100,000 dimensions": forge(leaves=[[0, 0, 0, [1] * 100_000]], payload=FOUR),
     "channels last of two dimensions": forge(leaves=[[0, 0, 1, [1, 1]]], payload=FOUR),
     "no leaf": forge(leaves=[]),
-    "257 leaves": forge(leaves=[[4, 4, 0, [1]]] * 257, payload=bytes(257)),
+    "too many leaves": forge(leaves=[[4, 4, 0, [1]]] * (MAX_LEAVES + 1), payload=bytes(MAX_LEAVES + 1)),
     "a million leaves": forge(leaves=[[4, 4, 0, [0]]] * 1_000_000),
     "a leaf of three": forge(leaves=[[0, 0, 0]], payload=FOUR),
     "a leaf of five": forge(leaves=[[0, 0, 0, [1], 0]], payload=FOUR),
@@ -387,6 +387,7 @@ wild_layouts = st.builds(
 )
 
 
+@pytest.mark.slow
 @given(layout=wild_layouts)
 @example(layout=Layout((Leaf("uint8", "uint8", (0, 0)),), bytes(65_490)))  # a header of one byte too many
 @settings(max_examples=400)
@@ -421,6 +422,7 @@ def test_random_headers_with_a_valid_checksum_never_raise(described, payload, co
     assert_refused_or_consistent(forge(described=described, payload=payload, codec=codec))
 
 
+@pytest.mark.slow
 @given(
     structure=st.recursive(
         st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.binary() | st.text(),

@@ -37,8 +37,8 @@ from tests.storage.known_values import (
 from torchcache.errors import StoreError
 from torchcache.layout import MAX_LEAVES, Layout, Leaf, Rows
 from torchcache.storage import budget as budgets
-from torchcache.storage import lmdb as lmdb_store
 from torchcache.storage.contract import Packed, Verdict
+from torchcache.storage.deletion import Deletion
 from torchcache.storage.directory import CacheDirectory, TurnCancelledError
 from torchcache.storage.record import MAX_DIMENSIONS, MAX_HEADER_BYTES, MAX_VALUE_BYTES
 
@@ -381,6 +381,36 @@ def test_a_write_gives_up_when_the_lock_stays_with_a_stopped_process(root):
         assert hits_of(store, digests_of([1, 2])) == {0}
     put(store, digests_of([2]))
     assert hits_of(store, digests_of([1, 2])) == {0, 1}
+
+
+def test_a_write_waits_longer_for_a_lock_that_others_get_in_turn(root):
+    """The lock itself never comes free for it: what the others leave is that each of them had its turn."""
+    store = open_store(root, lock_timeout_seconds=0.3)
+    put(store, digests_of([1]))
+    has_waited = threading.Event()
+
+    def take_turns() -> None:
+        while not has_waited.wait(0.05):
+            os.utime(root)
+
+    with stopped(HOLD_FILE_LOCK, root):
+        thread = threading.Thread(target=take_turns)
+        thread.start()
+        start = time.monotonic()
+        with pytest.raises(StoreError, match="stayed with another process"):
+            put(store, digests_of([2]))
+        waited = time.monotonic() - start
+        has_waited.set()
+        thread.join()
+    assert 5 * 0.3 < waited < 5
+
+
+def test_each_turn_shows_that_the_lock_is_not_stuck(root):
+    store = open_store(root)
+    put(store, digests_of([1]))
+    os.utime(root, (0, 0))
+    put(store, digests_of([2]))
+    assert root.stat().st_mtime > 0
 
 
 def test_the_value_of_a_corrupt_record_is_missing_and_the_next_write_replaces_it(store):
@@ -764,7 +794,7 @@ def test_a_verdict_counts_from_its_own_commit_on(store, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(lmdb_store._Deletion, "delete_segments", die)
+        patched.setattr(Deletion, "delete_segments", die)
         with pytest.raises(KeyboardInterrupt):
             store.judge(NAMESPACE, Verdict.DEPENDENT)
     assert hits_of(store, digests_of(range(3))) == set()
@@ -800,7 +830,7 @@ def test_a_verdict_that_is_there_is_not_written_again(store):
     assert (store.path / "data.mdb").read_bytes() == before
 
 
-@pytest.mark.parametrize("more", [[], [0], [3], [-1], [1 << 40], [True], [1.0], [None], [[]], [9, 1]], ids=repr)
+@pytest.mark.parametrize("more", [[], [0], [5], [-1], [1 << 40], [True], [1.0], [None], [[]], [9, 1]], ids=repr)
 def test_an_entry_without_a_verdict_that_this_version_knows_has_none(store, more):
     """Entries of the version before this one, and of later ones."""
     put(store, digests_of(range(5)))

@@ -3,99 +3,33 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import os
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.storage.fakes import FakeStore, Observer
 from tests.storage.known_values import NAMESPACE, check, digest_of, digests_of, hits_of, open_store, rows_of, value_of
 from torchcache.errors import StoreError
 from torchcache.layout import Layout, Leaf, Rows
 from torchcache.storage import writer as writer_module
-from torchcache.storage.contract import Lookup, Packed, Verdict, Written
+from torchcache.storage.contract import Lookup, Verdict
 from torchcache.storage.directory import TurnCancelledError
 from torchcache.storage.writer import Writer
 
 OTHER_NAMESPACE = b"another one.....".ljust(16)
 
 
-_numbers = itertools.count()
-
-
-@dataclass(eq=False)
-class FakeStore:
-    """A store whose commits wait until they are let through, or raise."""
-
-    most_commit_bytes: int = 1 << 20
-    errors: list[BaseException] = field(default_factory=list)
-    let_through: threading.Event = field(default_factory=threading.Event)
-    entered: threading.Event = field(default_factory=threading.Event)
-    commits: list[list[Packed]] = field(default_factory=list)
-    touched: list[bytes] = field(default_factory=list)
-    fails_in: str = "put_many"
-    short: str | None = None
-    path: Path = field(default_factory=lambda: Path(f"store-{next(_numbers)}"))
-
-    def shortage(self) -> str | None:
-        self._fail("shortage")
-        return self.short
-
-    def pack(self, namespace: bytes, rows: Rows) -> Packed:
-        self._fail("pack")
-        return Packed(namespace, rows.digests, [row.tobytes() for row in rows.data])
-
-    def put_many(self, packed, cancel=None) -> Written:
-        self.entered.set()
-        assert self.let_through.wait(20)
-        self._fail("put_many")
-        self.commits.append(list(packed))
-        return Written(rows=sum(len(p.digests) for p in packed), nbytes=sum(sum(map(len, p.records)) for p in packed))
-
-    def touch(self, namespace: bytes, cancel=None) -> None:
-        self._fail("touch")
-        self.touched.append(namespace)
-
-    def _fail(self, where: str) -> None:
-        if self.errors and where == self.fails_in:
-            raise self.errors.pop(0)
-
-    @property
-    def written(self) -> set[bytes]:
-        return {digest for packed in self.commits for item in packed for digest in item.digests}
-
-
-class Observer:
-    def __init__(self) -> None:
-        self.written = 0
-        self.dropped: dict[str, int] = {}
-        self.faults: list[tuple[BaseException, int]] = []
-
-    def on_written(self, written: Written) -> None:
-        self.written += written.rows
-        for reason, rows in written.dropped.items():
-            self.dropped[reason] = self.dropped.get(reason, 0) + rows
-
-    def on_fault(self, error: Exception, rows: int) -> None:
-        self.faults.append((error, rows))
-
-    @property
-    def faulted_rows(self) -> int:
-        return sum(rows for _, rows in self.faults)
-
-
 @pytest.fixture
 def writer(monkeypatch):
     """A writer of the test's own; its thread has ended when the test has."""
     monkeypatch.setattr(writer_module, "_IDLE_SECONDS", 0.05)
-    monkeypatch.setattr(writer_module.process, "at_exit", lambda *a, **k: None)
+    monkeypatch.setattr(writer_module.exits, "at_exit", lambda *a, **k: None)
     writer = Writer()
     yield writer
     thread = writer._thread
@@ -419,10 +353,10 @@ def test_the_end_of_the_program_waits_for_tasks_as_long_as_they_ask(writer, stor
 
 
 def test_tasks_lost_at_the_end_are_no_rows(writer, store, observer, caplog):
-    assert offer(writer, store, observer, [1])
+    rows = rows_of(digests_of([1]))
+    assert writer.put(store, observer, NAMESPACE, rows, queue_bytes=10_000, timeout_seconds=0.1, flush_seconds=0.2)
     assert store.entered.wait(10)
-    writer._flush_seconds = 0.0
-    assert writer.do(store, observer, lambda _: None)
+    assert writer.do(store, observer, lambda _: None, flush_seconds=0.0)
     writer.end()
     assert [record.getMessage()[:6] for record in caplog.records] == ["1 rows"]
     assert writer._tasks == 0
@@ -749,7 +683,7 @@ def test_a_caller_that_waits_for_room_is_let_go_at_the_end(writer, store, observ
 
 
 def test_the_writer_fills_a_real_store(writer, root, observer):
-    store = open_store(root, budget_bytes=50_000_000)
+    store = open_store(root, max_persistent_cache_size=50_000_000)
     for i in range(0, 500, 10):
         assert offer(writer, store, observer, range(i, i + 10), nbytes=3000, queue_bytes=100_000, timeout=10.0)
     assert writer.flush(20)

@@ -6,44 +6,37 @@ for who knows the function to find out. This module does not import torch.
 
 from __future__ import annotations
 
-import ast
 import dis
 import inspect
 import sys
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from itertools import chain
+from typing import ClassVar
 
-from torchcache.keys.bytecode import LOADS_ATTRIBUTE, LOADS_CELL, OperandStack, all_codes, ends_here, variables_of
+from torchcache.keys.instructions import JUMPS, LOADS_ATTRIBUTE, LOADS_CELL, OperandStack, ends_here, variables_of
+from torchcache.keys.operands import (
+    UNKNOWN,
+    Operand,
+    Operands,
+    attribute_of,
+    constant_of,
+    either,
+    imported,
+    names_in,
+    start_of,
+    text_of,
+)
+from torchcache.keys.per_code import PerCode
+from torchcache.keys.reads import all_codes
 
+#: Python 3.10 calls what is no method without anything beside it.
+_IS_OLD = sys.version_info < (3, 11)
+#: Beside what it calls, code puts NULL: below it until Python 3.12, above it from 3.13 on.
+_HAS_NULL_BELOW = sys.version_info < (3, 13)
 
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """Where a value comes from.
-
-    Attributes:
-        kind: "global" for a global or builtin, "variable" for any other, "module" for what an import returns,
-            "result" for what a call returns, "constant", "start" for a text of which the front is known, or "unknown".
-        root: The global, the variable, the module (with dots in front if it is relative), the call's number, the
-            front of a text, or the constant as it is written, if it is None, an int or a text.
-        keys: The attributes that are read of it, of that, and so on; of a constant, the names in it.
-    """
-
-    kind: str
-    root: str = ""
-    keys: tuple[str, ...] = ()
-
-
-#: What a value may be: which one it is depends on how the code ran.
-Operands = tuple[Operand, ...]
-
-NONE: Operands = (Operand("constant", "None"),)
-UNKNOWN: Operands = (Operand("unknown"),)
-
-#: More possibilities for one value are taken for an unknown one.
-_MOST_POSSIBILITIES = 16
+_READS_ATTRIBUTE = frozenset({Operand("global", "getattr"), Operand("global", "hasattr")})
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,14 +76,14 @@ class Uses:
     assigned: Mapping[str, Operands]
 
 
-@lru_cache(maxsize=16384)
+@PerCode
 def uses_of(code: types.CodeType) -> Uses:
     """Return what a code object and those inside it use."""
     seen = _Seen()
     for inner in all_codes(code):
         if inner is not code:
             for name in parameters_of(inner):
-                seen.assigned[name] = _either(seen.assigned.get(name, ()), UNKNOWN)
+                seen.assigned[name] = either(seen.assigned.get(name, ()), UNKNOWN)
         _Scan(inner, seen).run()
     return Uses(tuple(seen.calls), frozenset(seen.read), frozenset(seen.used), tuple(seen.items), seen.assigned)
 
@@ -108,11 +101,11 @@ class _Seen:
 
 def parameters_of(code: types.CodeType) -> tuple[str, ...]:
     """Return the names of the parameters of a code object."""
-    n_rest = [bool(code.co_flags & flag) for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS)].count(True)
-    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + n_rest]
-
-
-_JUMPS = frozenset({*dis.hasjrel, *dis.hasjabs})
+    n_parameters = code.co_argcount + code.co_kwonlyargcount
+    for flag in (inspect.CO_VARARGS, inspect.CO_VARKEYWORDS):
+        if code.co_flags & flag:
+            n_parameters += 1
+    return code.co_varnames[:n_parameters]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,107 +146,183 @@ class _Scan:
         is_reached = True
         for instruction in dis.get_instructions(self._code):
             self._offset = instruction.offset
-            self._land(is_reached=is_reached)
-            if instruction.opcode in _JUMPS and instruction.argval > instruction.offset:
+            self._arrive(is_reached=is_reached)
+            if instruction.opcode in JUMPS and instruction.argval > instruction.offset:
                 self._jump(instruction)
-            self._do(instruction)
+            effect = dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
+            step = self._STEPS.get(instruction.opname)
+            if step is None:
+                self._stack.do(instruction, effect)
+            else:
+                step(self, instruction, effect)
             is_reached = not ends_here(instruction.opname)
         # Whoever takes an attribute of it, or keeps it for later, has taken it out.
         self._seen.used.update(chain.from_iterable(self._unused.values()))
 
-    def _land(self, *, is_reached: bool) -> None:
+    def _arrive(self, *, is_reached: bool) -> None:
         """Go on with the stack of the jumps that lead here too, or with theirs alone."""
-        here = self._stack.items() if is_reached else None
         waiting = self._waiting.pop(self._offset, None)
-        if not is_reached:
-            self._stack.clear()
         if waiting is not None:
+            if is_reached:
+                waiting = _merged(self._stack.items(), waiting)
             self._stack.clear()
-            self._stack.push(*_merged(here, waiting))
+            self._stack.push(*waiting)
+        elif not is_reached:
+            self._stack.clear()
 
     def _jump(self, instruction: dis.Instruction) -> None:
         """Keep the stack as it is where a jump leads."""
         effect = dis.stack_effect(instruction.opcode, instruction.arg, jump=True)
         stack = self._stack.items()
         stack = stack[:effect] if effect < 0 else stack + [_UNKNOWN] * effect
-        self._waiting[instruction.argval] = _merged(self._waiting.get(instruction.argval), stack)
+        target = instruction.argval
+        waiting = self._waiting.get(target)
+        if waiting is not None:
+            stack = _merged(waiting, stack)
+        self._waiting[target] = stack
 
-    def _do(self, instruction: dis.Instruction) -> None:
-        opname, argument, arg, stack = instruction.opname, instruction.argval, instruction.arg or 0, self._stack
-        effect = dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
-        if opname == "LOAD_GLOBAL":
-            # Beside what it calls, code puts NULL: below it until Python 3.12, above it from 3.13 on.
-            beside = [_NULL] * (effect - 1)
-            stack.push(*beside if _HAS_NULL_BELOW else ())
-            self._push_read((Operand("global", argument),))
-            stack.push(*() if _HAS_NULL_BELOW else beside)
-        elif opname in ("LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"):
-            stack.pop(1 - effect)
-            self._push_read((Operand("global", argument),))
-        elif opname in LOADS_CELL:
-            stack.pop(1 - effect)
-            self._push_read((Operand("variable", argument),))
-        elif opname.startswith("LOAD_FAST"):
-            for name in variables_of(instruction):
-                self._push_read((Operand("variable", name),))
-            if opname == "LOAD_FAST_AND_CLEAR":  # a comprehension keeps it for later
-                self._unused.pop(self._n_reads, None)
-        elif opname in LOADS_ATTRIBUTE:
-            self._push_read(_attribute(self._pop_unused().operands, argument))
-            stack.push(*[_OWNER] * effect)
-        elif opname == "LOAD_SUPER_ATTR":
-            stack.pop(3)
-            self._push_read(_attribute(UNKNOWN, argument))
-            stack.push(*[_OWNER] * (2 + effect))
-        elif opname == "LOAD_CONST":
-            self._push(_constant(argument))
-        elif opname == "IMPORT_NAME":
-            wanted, level = stack.pop(), stack.pop()
-            self._push((Operand("module", _imported(argument, level.operands, wanted.operands)),))
-        elif opname == "IMPORT_FROM":
-            self._push_read(_attribute(stack.peek(1).operands, argument))
-        elif opname == "PUSH_NULL":
-            stack.push(_NULL)
-        elif opname in ("STORE_ATTR", "DELETE_ATTR"):
-            self._pop_unused()
-            stack.pop(-1 - effect)
-        elif opname in ("COMPARE_OP", "CONTAINS_OP", "IS_OP"):
-            self._pop_unused()
-            self._pop_unused()
-            stack.push(_UNKNOWN)
-        elif opname == "STORE_GLOBAL":
-            value = stack.pop()
-            if any(operand.kind == "module" for operand in value.operands):
-                self._unused.pop(value.number, None)
-        elif (opname == "COPY" and arg == 1) or opname == "DUP_TOP":
-            value = stack.peek(1)
-            self._push_again(value) if value.number in self._unused else stack.push(value)
-        elif opname == "BINARY_SUBSCR":
-            key, owner = stack.pop(), self._pop_unused()
-            self._seen.items.append((owner.operands, key.operands))
-            stack.push(_UNKNOWN)
-        elif opname in ("STORE_SUBSCR", "DELETE_SUBSCR"):
-            stack.pop()
-            self._pop_unused()
-            stack.pop(-2 - effect)
-        elif opname == "BUILD_STRING":
-            first = [stack.pop() for _ in range(arg)][-1:]
-            self._push(_start_of(first[0].operands if first else UNKNOWN))
-        elif opname in ("BINARY_ADD", "BINARY_OP") and arg == 0:  # of all operators this is +
-            stack.pop()
-            self._push(_start_of(stack.pop().operands))
-        elif opname in ("STORE_FAST", "STORE_DEREF", "STORE_FAST_STORE_FAST"):
-            for name in variables_of(instruction):
-                self._assign(name, stack.pop())
-        elif opname == "STORE_FAST_LOAD_FAST":
-            self._assign(argument[0], stack.pop())
-            self._push_read((Operand("variable", argument[1]),))
-        elif opname == "KW_NAMES":
-            self._keywords = _names_in(self._code.co_consts[arg])  # dis does not resolve it in Python 3.11
-        elif opname in _CALLS:
-            self._call(opname, arg)
-        elif opname != "PRECALL":  # the call itself takes what there is
-            stack.do(instruction, effect)
+    # -- what is loaded ---------------------------------------------------------------------------------------
+
+    def _load_global(self, instruction: dis.Instruction, effect: int) -> None:
+        beside = [_NULL] * (effect - 1)
+        if _HAS_NULL_BELOW:
+            self._stack.push(*beside)
+        self._push_read((Operand("global", instruction.argval),))
+        if not _HAS_NULL_BELOW:
+            self._stack.push(*beside)
+
+    def _load_name(self, instruction: dis.Instruction, effect: int) -> None:
+        self._stack.pop(1 - effect)
+        self._push_read((Operand("global", instruction.argval),))
+
+    def _load_cell(self, instruction: dis.Instruction, effect: int) -> None:
+        self._stack.pop(1 - effect)
+        self._push_read((Operand("variable", instruction.argval),))
+
+    def _load_variables(self, instruction: dis.Instruction, _effect: int) -> None:
+        for name in variables_of(instruction):
+            self._push_read((Operand("variable", name),))
+
+    def _load_and_clear(self, instruction: dis.Instruction, effect: int) -> None:
+        """Load a variable as a comprehension does, which keeps it for later."""
+        self._load_variables(instruction, effect)
+        self._unused.pop(self._n_reads, None)
+
+    def _load_attribute(self, instruction: dis.Instruction, effect: int) -> None:
+        owner = self._pop_unused()
+        self._push_read(attribute_of(owner.operands, instruction.argval))
+        self._stack.push(*[_OWNER] * effect)
+
+    def _load_super_attribute(self, instruction: dis.Instruction, effect: int) -> None:
+        self._stack.pop(3)
+        self._push_read(attribute_of(UNKNOWN, instruction.argval))
+        self._stack.push(*[_OWNER] * (2 + effect))
+
+    def _load_constant(self, instruction: dis.Instruction, _effect: int) -> None:
+        self._push(constant_of(instruction.argval))
+
+    def _import_module(self, instruction: dis.Instruction, _effect: int) -> None:
+        wanted = self._stack.pop()
+        level = self._stack.pop()
+        self._push(imported(instruction.argval, level.operands, wanted.operands))
+
+    def _import_from(self, instruction: dis.Instruction, _effect: int) -> None:
+        self._push_read(attribute_of(self._stack.peek(1).operands, instruction.argval))
+
+    def _push_null(self, _instruction: dis.Instruction, _effect: int) -> None:
+        self._stack.push(_NULL)
+
+    def _copy(self, instruction: dis.Instruction, effect: int) -> None:
+        if instruction.opname == "COPY" and instruction.arg != 1:
+            self._stack.do(instruction, effect)
+            return
+        value = self._stack.peek(1)
+        if value.number in self._unused:
+            self._push_again(value)
+        else:
+            self._stack.push(value)
+
+    # -- what is stored, and what operators make --------------------------------------------------------------
+
+    def _store_variables(self, instruction: dis.Instruction, _effect: int) -> None:
+        for name in variables_of(instruction):
+            self._assign(name, self._stack.pop())
+
+    def _store_and_load(self, instruction: dis.Instruction, _effect: int) -> None:
+        stored, loaded = instruction.argval
+        self._assign(stored, self._stack.pop())
+        self._push_read((Operand("variable", loaded),))
+
+    def _store_global(self, _instruction: dis.Instruction, _effect: int) -> None:
+        value = self._stack.pop()
+        if any(operand.kind == "module" for operand in value.operands):
+            self._unused.pop(value.number, None)
+
+    def _change_attribute(self, _instruction: dis.Instruction, effect: int) -> None:
+        self._pop_unused()
+        self._stack.pop(-1 - effect)
+
+    def _change_item(self, _instruction: dis.Instruction, effect: int) -> None:
+        self._stack.pop()
+        self._pop_unused()
+        self._stack.pop(-2 - effect)
+
+    def _load_item(self, _instruction: dis.Instruction, _effect: int) -> None:
+        key = self._stack.pop()
+        owner = self._pop_unused()
+        self._seen.items.append((owner.operands, key.operands))
+        self._stack.push(_UNKNOWN)
+
+    def _compare(self, _instruction: dis.Instruction, _effect: int) -> None:
+        self._pop_unused()
+        self._pop_unused()
+        self._stack.push(_UNKNOWN)
+
+    def _operate(self, instruction: dis.Instruction, effect: int) -> None:
+        """Follow an operator of two operands: of a text, + leaves the start as it is."""
+        if instruction.arg:
+            self._stack.do(instruction, effect)
+            return
+        self._stack.pop()
+        self._push(start_of(self._stack.pop().operands))
+
+    def _build_string(self, instruction: dis.Instruction, _effect: int) -> None:
+        first = _UNKNOWN
+        if instruction.arg:
+            first = self._stack.pop(instruction.arg)
+        self._push(start_of(first.operands))
+
+    # -- calls ------------------------------------------------------------------------------------------------
+
+    def _name_keywords(self, instruction: dis.Instruction, _effect: int) -> None:
+        self._keywords = names_in(self._code.co_consts[instruction.arg or 0])  # dis does not resolve it in Python 3.11
+
+    def _pass(self, _instruction: dis.Instruction, _effect: int) -> None:
+        """Do nothing before a call, which takes what there is."""
+
+    def _call_with_more(self, instruction: dis.Instruction, _effect: int) -> None:
+        """Note a call with ``*args`` or ``**kwargs``."""
+        self._stack.pop(1 + ((instruction.arg or 0) & 1))
+        callee, before = self._pop_callee(is_alone=_IS_OLD)
+        self._note_call(callee, Call(callee.operands, tuple(before), has_more=True))
+
+    def _call(self, instruction: dis.Instruction, _effect: int) -> None:
+        """Note a call, and put its result in place of callee and arguments."""
+        if instruction.opname in ("CALL_KW", "CALL_FUNCTION_KW"):
+            self._keywords = self._stack.pop().operands[0].keys
+        names, self._keywords = self._keywords, ()
+        n_given = instruction.arg or 0
+        given = [self._stack.pop() for _ in range(n_given)]
+        given.reverse()
+        callee, before = self._pop_callee(is_alone=_IS_OLD and instruction.opname != "CALL_METHOD")
+
+        n_positional = n_given - len(names)
+        arguments = [value.operands for value in given]
+        positional = arguments[:n_positional]
+        if callee.operands[0] in _READS_ATTRIBUTE and not before and len(positional) > 1:
+            self._read_attribute(given[0], positional[1])
+        keywords = zip(names, arguments[n_positional:], strict=False)
+        self._note_call(callee, Call(callee.operands, (*before, *positional), tuple(keywords)))
 
     def _push(self, operands: Operands) -> None:
         self._stack.push(_Value(operands, self._offset))
@@ -277,51 +346,33 @@ class _Scan:
 
     def _assign(self, name: str, value: _Value) -> None:
         self._unused.pop(value.number, None)
-        self._seen.assigned[name] = _either(self._seen.assigned.get(name, ()), value.operands)
-
-    def _call(self, opname: str, arg: int) -> None:
-        """Note a call, and put its result in place of callee and arguments."""
-        stack = self._stack
-        positional: list[Operands] = []
-        keywords: list[tuple[str, Operands]] = []
-        has_more, owner = opname == "CALL_FUNCTION_EX", _UNKNOWN
-        if has_more:
-            stack.pop(1 + (arg & 1))
-        else:
-            if opname in ("CALL_KW", "CALL_FUNCTION_KW"):
-                self._keywords = stack.pop().operands[0].keys
-            given = [stack.pop() for _ in range(arg)][::-1]
-            n_positional = arg - len(self._keywords)
-            positional = [value.operands for value in given[:n_positional]]
-            keywords = [*zip(self._keywords, (value.operands for value in given[n_positional:]), strict=False)]
-            self._keywords = ()
-            owner = given[0] if n_positional > 1 else _UNKNOWN
-        callee, before = self._pop_callee(is_alone=_IS_OLD and opname != "CALL_METHOD")
-        self._unused.pop(callee.number, None)
-        if callee.operands[0] in _READS_ATTRIBUTE and not before and len(positional) > 1:
-            self._read_attribute(owner, positional[1])
-        positional[:0] = before
-        self._note(callee.offset, Call(callee.operands, tuple(positional), tuple(keywords), has_more))
+        self._seen.assigned[name] = either(self._seen.assigned.get(name, ()), value.operands)
 
     def _read_attribute(self, owner: _Value, names: Operands) -> None:
         """Note a call that reads an attribute whose name is written there, as the attribute itself does."""
         texts = [text_of(name) for name in names]
-        if None not in texts:
-            self._unused.pop(owner.number, None)
-            for text in filter(None, texts):
-                found = _attribute(owner.operands, text)
-                self._seen.read.update(found)
-                self._seen.used.update(found)
+        if None in texts:
+            return
+        self._unused.pop(owner.number, None)
+        for text in filter(None, texts):
+            found = attribute_of(owner.operands, text)
+            self._seen.read.update(found)
+            self._seen.used.update(found)
 
-    def _note(self, offset: int, call: Call) -> None:
-        """Note a call. What follows a branch inside of it may be there twice: two calls of one callee are one."""
-        form = len(call.positional), tuple(name for name, _ in call.keywords), call.has_more
-        number = self._numbers.setdefault((offset, form), len(self._seen.calls))
-        if number == len(self._seen.calls) or offset < 0:
-            number = len(self._seen.calls)
-            self._seen.calls.append(call)
+    def _note_call(self, callee: _Value, call: Call) -> None:
+        """Note a call, and push its result.
+
+        What follows a branch inside of it may be there twice: two calls of one callee are one.
+        """
+        self._unused.pop(callee.number, None)
+        calls = self._seen.calls
+        form = len(call.positional), tuple([name for name, _ in call.keywords]), call.has_more
+        number = self._numbers.setdefault((callee.offset, form), len(calls))
+        if number == len(calls) or callee.offset < 0:
+            number = len(calls)
+            calls.append(call)
         else:
-            self._seen.calls[number] = _united(self._seen.calls[number], call)
+            calls[number] = _united(calls[number], call)
         self._push((Operand("result", str(number)),))
 
     def _pop_callee(self, *, is_alone: bool) -> tuple[_Value, list[Operands]]:
@@ -336,73 +387,70 @@ class _Scan:
         lower = self._stack.pop()
         if lower == _NULL:
             return upper, []
-        return lower, [] if upper in (_NULL, _OWNER) else [upper.operands]
+        if upper in (_NULL, _OWNER):
+            return lower, []
+        return lower, [upper.operands]
+
+    # -- which instruction does what ----------------------------------------------------------------------------
+
+    #: Those of all versions of Python. What is missing only moves values, or makes others of which nothing is known.
+    _OPNAMES: ClassVar[Mapping[_Step, Iterable[str]]] = {
+        _load_global: ("LOAD_GLOBAL",),
+        _load_name: ("LOAD_NAME", "LOAD_FROM_DICT_OR_GLOBALS"),
+        _load_cell: LOADS_CELL,
+        _load_variables: [opname for opname in dis.opmap if opname.startswith("LOAD_FAST")],
+        _load_and_clear: ("LOAD_FAST_AND_CLEAR",),
+        _load_attribute: LOADS_ATTRIBUTE,
+        _load_super_attribute: ("LOAD_SUPER_ATTR",),
+        _load_constant: ("LOAD_CONST",),
+        _import_module: ("IMPORT_NAME",),
+        _import_from: ("IMPORT_FROM",),
+        _push_null: ("PUSH_NULL",),
+        _copy: ("COPY", "DUP_TOP"),
+        _store_variables: ("STORE_FAST", "STORE_DEREF", "STORE_FAST_STORE_FAST"),
+        _store_and_load: ("STORE_FAST_LOAD_FAST",),
+        _store_global: ("STORE_GLOBAL",),
+        _change_attribute: ("STORE_ATTR", "DELETE_ATTR"),
+        _change_item: ("STORE_SUBSCR", "DELETE_SUBSCR"),
+        _load_item: ("BINARY_SUBSCR",),
+        _compare: ("COMPARE_OP", "CONTAINS_OP", "IS_OP"),
+        _operate: ("BINARY_ADD", "BINARY_OP"),  # of all operators, the one without a number is +
+        _build_string: ("BUILD_STRING",),
+        _name_keywords: ("KW_NAMES",),
+        _pass: ("PRECALL",),
+        _call: ("CALL", "CALL_KW", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_METHOD"),
+        _call_with_more: ("CALL_FUNCTION_EX",),
+    }
+    #: By the names of the instructions; one that several kinds name is of the last.
+    _STEPS: ClassVar[Mapping[str, _Step]] = {opname: step for step, opnames in _OPNAMES.items() for opname in opnames}
 
 
-#: Python 3.10 calls what is no method without anything beside it.
-_IS_OLD = sys.version_info < (3, 11)
-_HAS_NULL_BELOW = sys.version_info < (3, 13)
-
-_READS_ATTRIBUTE = frozenset({Operand("global", "getattr"), Operand("global", "hasattr")})
-
-_CALLS = frozenset({"CALL", "CALL_KW", "CALL_FUNCTION", "CALL_FUNCTION_KW", "CALL_FUNCTION_EX", "CALL_METHOD"})
+#: Does to the stack what an instruction does, given by how much it grows.
+_Step = Callable[[_Scan, dis.Instruction, int], None]
 
 
-def _attribute(owners: Operands, key: str) -> Operands:
-    return tuple(Operand(owner.kind, owner.root, (*owner.keys, key)) for owner in owners)
-
-
-def _constant(value: object) -> Operands:
-    is_told = value is None or type(value) in (int, str)
-    return (Operand("constant", repr(value) if is_told else "", _names_in(value)),)
-
-
-def text_of(operand: Operand) -> str | None:
-    """Return the text that an operand is, or None."""
-    is_text = operand.kind == "constant" and operand.root[:1] in ("'", '"')
-    return str(ast.literal_eval(operand.root)) if is_text else None
-
-
-def _start_of(operands: Operands) -> Operands:
-    """Return what is known of a text that starts with a value."""
-    texts = [operand.root if operand.kind == "start" else text_of(operand) for operand in operands]
-    return tuple(Operand("start", text) if text else UNKNOWN[0] for text in texts)
-
-
-def _imported(module: str, level: Operands, wanted: Operands) -> str:
-    """Name the module that an import returns: the outermost one where nothing is wanted from it."""
-    if wanted == NONE:
-        return module.partition(".")[0]
-    dots = level[0].root
-    return "." * (int(dots) if dots.isdecimal() else 0) + module
-
-
-def _names_in(value: object) -> tuple[str, ...]:
-    """Return the names in a constant, which may be those of a call's keywords."""
-    return value if isinstance(value, tuple) and all(type(item) is str for item in value) else ()
-
-
-def _merged(one: list[_Value] | None, other: list[_Value]) -> list[_Value]:
+def _merged(one: list[_Value], other: list[_Value]) -> list[_Value]:
     """Return the stack where two ways through the code meet; the uppermost values lie side by side."""
-    if one is None:
-        return other
     depth = min(len(one), len(other))
-    return [
-        a if a == b else _Value(_either(a.operands, b.operands))
-        for a, b in zip(one[len(one) - depth :], other[len(other) - depth :], strict=True)
-    ]
+    one = one[len(one) - depth :]
+    other = other[len(other) - depth :]
+
+    merged: list[_Value] = []
+    for a, b in zip(one, other, strict=True):
+        value = a
+        if a != b:
+            value = _Value(either(a.operands, b.operands))
+        merged.append(value)
+    return merged
 
 
 def _united(one: Call, other: Call) -> Call:
     """Return what stands for two calls of one form."""
-    return Call(
-        _either(one.callee, other.callee),
-        tuple(_either(*pair) for pair in zip(one.positional, other.positional, strict=True)),
-        tuple((name, _either(a, b)) for (name, a), (_, b) in zip(one.keywords, other.keywords, strict=True)),
-        one.has_more,
-    )
-
-
-def _either(*possible: Iterable[Operand]) -> Operands:
-    together = tuple(dict.fromkeys(chain(*possible)))
-    return together if len(together) <= _MOST_POSSIBILITIES else UNKNOWN
+    positional: list[Operands] = []
+    for a, b in zip(one.positional, other.positional, strict=True):
+        positional.append(either(a, b))
+    keywords: list[tuple[str, Operands]] = []
+    for (name, a), (_, b) in zip(one.keywords, other.keywords, strict=True):
+        keywords.append((name, either(a, b)))
+    callee = either(one.callee, other.callee)
+    return Call(callee, tuple(positional), tuple(keywords), one.has_more)

@@ -57,18 +57,27 @@ def items_of(value: object) -> Collection[Any]:
     """Return the items of a container; of a mapping, its values."""
     if isinstance(value, types.SimpleNamespace):
         return vars(value).values()
-    return value.values() if isinstance(value, Mapping) else value  # type: ignore[return-value]
+    if isinstance(value, Mapping):
+        return value.values()
+    return value  # type: ignore[return-value]
 
 
 def parts_of(value: object, depth: int = 0) -> Iterator[object]:
     """Yield a value, or what lies in a container and in those inside it, without what wraps it."""
     if is_container(value):
         items = items_of(value)
-        for item in () if depth == MOST_CONTAINERS or _PLAIN.issuperset(map(type, items)) else tuple(items):
-            yield from parts_of(item, depth + 1)
+        if depth < MOST_CONTAINERS and not _PLAIN.issuperset(map(type, items)):
+            for item in tuple(items):
+                yield from parts_of(item, depth + 1)
         return
-    while isinstance(value, (functools.partial, staticmethod, classmethod)):
-        value = value.func if isinstance(value, functools.partial) else value.__func__
+
+    while True:
+        if isinstance(value, functools.partial):
+            value = value.func
+        elif isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        else:
+            break
     yield value
 
 
@@ -100,11 +109,9 @@ def _codes_in(value: object, depth: int = 0) -> Iterator[object]:
 def _has_code(kind: type) -> bool:
     known = _with_code.get(kind)
     if known is None:
-        known = _with_code[kind] = (
-            issubclass(kind, (type, types.ModuleType))
-            or any("__get__" in vars(base) for base in kind.__mro__)
-            or is_own_class(kind)
-        )
+        is_descriptor = any("__get__" in vars(base) for base in kind.__mro__)
+        known = issubclass(kind, (type, types.ModuleType)) or is_descriptor or is_own_class(kind)
+        _with_code[kind] = known
     return known
 
 
@@ -117,10 +124,12 @@ def _signature(value: object) -> list[int]:
     if type(value) not in _CONTAINERS:
         return []
     codes = [*map(id, _codes_in(value))]
-    if codes and isinstance(value, Mapping):
+    if not codes:
+        return codes
+    if isinstance(value, Mapping):
         codes += map(id, value)
-    elif codes:
-        codes += [i for i, item in enumerate(items_of(value)) if is_code(item)]
+    else:
+        codes += [place for place, item in enumerate(items_of(value)) if is_code(item)]
     return codes
 
 
@@ -156,21 +165,29 @@ class Watch:
         """
         place, key = name.place, name.key
         if value is MISSING:
-            self._missing.setdefault(id(place), (place, set()))[1].add(key)
+            _, keys = self._missing.setdefault(id(place), (place, set()))
+            keys.add(key)
         elif type(value) in _CONTAINERS:
-            self._containers.append((name, self._hold_codes(value, weak=weak)))
-            self._soft.setdefault(id(place), (place, {}))[1][key] = type(value)
+            signature = self._hold_codes(value, weak=weak)
+            self._containers.append((name, signature))
+            self._add_type(place, key, value)
         elif not is_code(value):
-            self._soft.setdefault(id(place), (place, {}))[1][key] = type(value)
+            self._add_type(place, key, value)
         elif not weak and type(value) in _KEPT:
-            self._strong.setdefault(id(place), (place, {}))[1][key] = value
+            self.add_exactly(place, key, value)
         else:
             self._hold(value)
             self._weak.append((name, id(value)))
 
-    def add_exactly(self, place: Mapping[str, Any], key: str, value: object) -> None:
-        """Note that ``value``, a small constant, lies at a key, and that any other counts as a change."""
-        self._strong.setdefault(id(place), (place, {}))[1][key] = value
+    def _add_type(self, place: Any, key: str, value: object) -> None:  # noqa: ANN401 - as of Name
+        """Note of what type the value at a key is."""
+        _, types_ = self._soft.setdefault(id(place), (place, {}))
+        types_[key] = type(value)
+
+    def add_exactly(self, place: Any, key: str, value: object) -> None:  # noqa: ANN401 - as of Name
+        """Note that ``value``, a small constant or code, lies at a key, and that any other counts as a change."""
+        _, values = self._strong.setdefault(id(place), (place, {}))
+        values[key] = value
 
     def add_whole(self, place: Mapping[str, Any], *, data_may_come: bool = False) -> None:
         """Note that a new key of a mapping counts as a change, or only one that holds code."""
@@ -179,8 +196,9 @@ class Watch:
     def add_function(self, function: types.FunctionType, *, weak: bool = False) -> None:
         """Note a function's code and defaults."""
         if weak:
+            reference = weakref.ref(function, self._dead.append)
             marks = function.__code__, id(function.__defaults__), id(function.__kwdefaults__)
-            self._weak_functions.append((weakref.ref(function, self._dead.append), *marks))
+            self._weak_functions.append((reference, *marks))
         else:
             self._functions[id(function)] = function
 
@@ -190,11 +208,13 @@ class Watch:
 
     def _hold_codes(self, container: object, *, weak: bool) -> list[int]:
         signature = _signature(container)
-        if signature:
-            for value in _codes_in(container):
-                self._hold(value, weak=weak or type(value) not in _KEPT)
-            if isinstance(container, Mapping):
-                self._kept.extend(container)
+        if not signature:
+            return signature
+        for value in _codes_in(container):
+            is_weak = weak or type(value) not in _KEPT
+            self._hold(value, weak=is_weak)
+        if isinstance(container, Mapping):
+            self._kept.extend(container)
         return signature
 
     def _hold(self, value: object, *, weak: bool = True) -> None:
@@ -224,18 +244,20 @@ class Watch:
         self._viewed = b"".join(self._views)
         self._all_classes = list(self._classes.values())
         self._saved_bases = list(map(_bases, self._all_classes))
-        self._code_reading, self._data_reading = _Reading(self._strong), _Reading(self._soft)
-        self._absent = [
-            (place, frozenset(keys)) for place, keys in self._missing.values() if isinstance(place, Mapping)
-        ]
-        self._absent_elsewhere = [
-            Name("", place, key)
-            for place, keys in self._missing.values() for key in keys if not isinstance(place, Mapping)
-        ]  # fmt: skip
+        self._code_reading = _Reading(self._strong)
+        self._data_reading = _Reading(self._soft)
+        self._absent: list[tuple[Mapping[str, Any], frozenset[str]]] = []
+        self._absent_elsewhere: list[Name] = []
+        for place, keys in self._missing.values():
+            if isinstance(place, Mapping):
+                self._absent.append((place, frozenset(keys)))
+            else:
+                self._absent_elsewhere += [Name("", place, key) for key in keys]
         self._places = [place for place, _, _ in self._whole.values()]
         self._lengths = [len(keys) for _, keys, _ in self._whole.values()]
 
     def _code_moved(self) -> bool:
+        # One function with everything in it: it runs at every call, and a call of Python costs as much as a check.
         if b"".join(self._views) != self._viewed:
             return True
         if _OFFSET is None and not all(map(_has_fields, self._functions.values(), self._saved_fields)):
@@ -244,6 +266,7 @@ class Watch:
             return True
         if not all(map(is_, self._code_reading.read(), self._code_reading.expected)):
             return True
+
         if self._weak and any(id(name.read()) != number for name, number in self._weak):
             return True
         if self._absent and not all(place.keys().isdisjoint(keys) for place, keys in self._absent):
@@ -268,20 +291,24 @@ class Watch:
 
     def _data_became_code(self) -> bool:
         values = self._data_reading.read()
-        if not all(map(is_, map(type, values), self._data_reading.expected)):
-            known = {id(name.place): set[str]() for name, _ in self._containers}
-            for name, _ in self._containers:
-                known[id(name.place)].add(name.key)
-            for place, types_ in self._soft.values():
-                for key in types_:
-                    value = Name("", place, key).read()
-                    if value is MISSING or (is_code(value) and key not in known.get(id(place), ())):
-                        return True
-                    types_[key] = type(value)
-                    if type(value) in _CONTAINERS and key not in known.get(id(place), ()):
-                        self._containers.append((Name("", place, key), []))
-            self._data_reading = _Reading(self._soft)
+        if not all(map(is_, map(type, values), self._data_reading.expected)) and self._other_types_are_code():
+            return True
         return any(_signature_at(name) != signature for name, signature in self._containers)
+
+    def _other_types_are_code(self) -> bool:
+        """Look at the data one by one, of which some has other types now; remember these if none is code."""
+        known = {(id(name.place), name.key) for name, _ in self._containers}
+        for place, types_ in self._soft.values():
+            for key in types_:
+                value = Name("", place, key).read()
+                is_watched = (id(place), key) in known  # as a container, whose signature is compared
+                if value is MISSING or (is_code(value) and not is_watched):
+                    return True
+                types_[key] = type(value)
+                if type(value) in _CONTAINERS and not is_watched:
+                    self._containers.append((Name("", place, key), []))
+        self._data_reading = _Reading(self._soft)
+        return False
 
 
 def _find_fields() -> int | None:
@@ -297,9 +324,13 @@ def _find_fields() -> int | None:
     if sys.implementation.name != "cpython":
         return None
     size = ctypes.sizeof(ctypes.c_size_t)
-    words = list((ctypes.c_size_t * (function.__sizeof__() // size)).from_address(id(function)))
+    memory = ctypes.c_size_t * (function.__sizeof__() // size)
+    words = list(memory.from_address(id(function)))
     wanted = [*map(id, _fields(function))]
-    return next((i * size for i in range(len(words)) if words[i : i + 3] == wanted), None)
+    for i in range(len(words)):
+        if words[i : i + 3] == wanted:
+            return i * size
+    return None
 
 
 _OFFSET = _find_fields()
@@ -308,7 +339,9 @@ _View = ctypes.c_char * (3 * ctypes.sizeof(ctypes.c_size_t))
 
 def _view(function: types.FunctionType) -> ctypes.Array[ctypes.c_char] | bytes:
     """Return a live view of a function's code and defaults; whoever has it keeps the function."""
-    return b"" if _OFFSET is None else _View.from_address(id(function) + _OFFSET)
+    if _OFFSET is None:
+        return b""
+    return _View.from_address(id(function) + _OFFSET)
 
 
 def _has_fields(function: types.FunctionType, fields: tuple[object, ...]) -> bool:
@@ -317,9 +350,11 @@ def _has_fields(function: types.FunctionType, fields: tuple[object, ...]) -> boo
 
 def _signature_at(name: Name) -> list[int]:
     value = name.read()
-    if type(value) not in _CONTAINERS:
-        return [id(value)] if is_code(value) else []
-    return _signature(value)
+    if type(value) in _CONTAINERS:
+        return _signature(value)
+    if is_code(value):
+        return [id(value)]
+    return []
 
 
 def _function_moved(known: tuple[weakref.ref[types.FunctionType], types.CodeType, int, int]) -> bool:

@@ -10,9 +10,9 @@ import sys
 import types
 from collections.abc import Iterable, Iterator, Mapping
 
-from torchcache.keys.bytecode import Reads, all_codes, reads_of
 from torchcache.keys.changes import parts_of
 from torchcache.keys.places import MISSING, ClosureOf, defaults_of, reference
+from torchcache.keys.reads import Reads, all_codes, reads_of
 
 _DISTRIBUTED = "torch.distributed"
 _HOMES = (_DISTRIBUTED, "torch._C._distributed")
@@ -85,7 +85,7 @@ class Talks:
         self._asks_rank = False
         self._asks_group = False  # for what a group calls its rank and size
         self._has_objects = False
-        self.reaches = False  # anything of torch.distributed
+        self.reaches: bool = False  # anything of torch.distributed
 
     @property
     def collectives(self) -> set[str]:
@@ -103,22 +103,24 @@ class Talks:
         """Note what a function's own code can do."""
         reads = reads_of(function.__code__)
         bare = _COLLECTIVES.intersection(reads.attributes)
-        self._bare |= bare
-        self._asks_rank = self._asks_rank or not _RANKS.isdisjoint({*reads.names, *reads.attributes})
         asks_group = not _RANKS_OF_GROUPS.isdisjoint(reads.attributes)
-        self._asks_group = self._asks_group or asks_group
+        self._bare |= bare
+        self._asks_group |= asks_group
+        self._asks_rank |= not (_RANKS.isdisjoint(reads.names) and _RANKS.isdisjoint(reads.attributes))
         if not _OPERATORS.isdisjoint(reads.attributes):
             self.reaches = self._has_objects = True
+
         is_whole = False
         for value, is_end in self._values(function, reads):
-            is_whole = is_whole or (is_end and is_module_of_torch(value))
+            is_whole |= is_end and is_module_of_torch(value)
             self.note_value(value, is_end=is_end)
         self._note_imports(reads)
-        is_local = any(is_module_of_torch(value) for value in _closure(function)) or _imports_module(reads)
+
+        is_local = any(map(is_module_of_torch, _closure(function))) or _imports_module(reads)
         if is_local:  # followed no further than to this function
             self.reaches = True
             self._certain |= bare
-            self._asks_rank = self._asks_rank or asks_group
+            self._asks_rank |= asks_group
         if "getattr" in reads.names and (is_whole or is_local):
             self._note_getattr(function, in_doubt=is_whole)
 
@@ -133,13 +135,18 @@ class Talks:
             if isinstance(item, types.ModuleType):
                 if is_module_of_torch(item):
                     self.reaches = True
-                    self._has_objects = self._has_objects or is_end
+                    self._has_objects |= is_end
             elif isinstance(item, (types.FunctionType, types.BuiltinFunctionType)):
                 if str(item.__module__).startswith(_HOMES):
                     self._note_named(item.__name__)
-            elif _is_of_torch(cls := item if isinstance(item, type) else type(item)):
-                self.reaches = True
-                self._has_objects = self._has_objects or any(base.__name__ in _GROUPS for base in cls.__mro__)
+            else:
+                self._note_class(item if isinstance(item, type) else type(item))
+
+    def _note_class(self, cls: type) -> None:
+        """Note a class of which the code has an object, or that it uses itself."""
+        if _is_of_torch(cls):
+            self.reaches = True
+            self._has_objects |= any(base.__name__ in _GROUPS for base in cls.__mro__)
 
     def _note_named(self, name: str) -> None:
         """Note the name of a function of torch.distributed."""
@@ -156,7 +163,7 @@ class Talks:
         for level, module, wanted in reads.imports:
             loaded = None if level else sys.modules.get(module)
             for name in wanted:
-                if loaded is not None and name in vars(loaded):
+                if isinstance(loaded, types.ModuleType) and name in vars(loaded):
                     value = vars(loaded)[name]
                     self.note_value(value, is_end=not is_module_of_torch(value))
                 elif module.startswith(_DISTRIBUTED):

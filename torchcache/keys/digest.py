@@ -10,6 +10,7 @@ This module does not import torch.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -73,5 +74,20 @@ def combine(signature: bytes, parts: Sequence[list[bytes]]) -> list[bytes]:
 def digest_parts(parts: Iterable[bytes]) -> bytes:
     """Return the digest of a sequence of byte strings; where one ends and the next begins counts."""
     parts = list(parts)
-    lengths = b"".join(len(part).to_bytes(8, "little") for part in parts)
-    return digest_bytes(b"".join([len(parts).to_bytes(8, "little"), lengths, *parts]))
+    n = len(parts)
+    lengths = struct.pack(f"<{n + 1}Q", n, *map(len, parts))
+    return digest_bytes(b"".join([lengths, *parts]))
+
+
+def digest_named(pairs: Iterable[tuple[str, bytes]], *, front: Sequence[bytes] = ()) -> bytes:
+    """Return the digest of byte strings that have names; their order counts.
+
+    Args:
+        pairs: Name and bytes of each.
+        front: Byte strings without a name, in front of them.
+    """
+    parts = list(front)
+    for name, value in pairs:
+        parts.append(name.encode())
+        parts.append(value)
+    return digest_parts(parts)

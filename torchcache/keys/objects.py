@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from torchcache.keys.changes import is_container
-from torchcache.keys.code import Writes, is_hook_of_ours, walk_code
+from torchcache.keys.code import walk_code
 from torchcache.keys.collectives import Talks
-from torchcache.keys.digest import digest_parts
+from torchcache.keys.digest import digest_named, digest_parts
+from torchcache.keys.observer import Observer
 from torchcache.keys.operators import operators_at
-from torchcache.keys.state import StateTracker
-from torchcache.keys.values import Observer, encode_value
+from torchcache.keys.ours import is_hook_of_ours
+from torchcache.keys.own_state import OwnState
+from torchcache.keys.state import MOST_ROUNDS, StateTracker
+from torchcache.keys.values import encode_value
+from torchcache.keys.walked import CodeWalk
+from torchcache.our_names import is_on_instances
 
 
 class UnknownNamesError(Exception):
@@ -27,10 +31,6 @@ class UnknownNamesError(Exception):
         super().__init__(name)
         self.name = name
         self.there = there
-
-
-#: State names code, whose walk says which attributes count; after so many rounds that stands still.
-_MOST_ROUNDS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +61,7 @@ class Findings:
     Attributes:
         parts: Name and digest of each thing that makes its results what they are.
         opaque: Where it holds something that cannot be seen, and of what type.
-        generators: The random number generators that it leads to.
+        generators: The random number generators that it leads to, and the state that its code changes.
         classes: The user's own classes that the code refers to.
         talks: What the code has to do with other ranks.
         entropy: What the code may draw random numbers from that no seed decides.
@@ -90,26 +90,22 @@ def look_at_state(
     Raises:
         UnknownNamesError: If there is nothing at one of these paths.
     """
-    walk = walk_code(target)
-    rounds = 0
-    while True:
-        rounds += 1
-        look = _Look(walk.writes, ignored, counts_generators=walk.reads_generators)
-        parts: list[bytes] = []
-        for name, value in held.items():
-            parts += [name.encode(), encode_value(value, name, look)]
-        code = tuple(look.code.values())
-        walk = walk_code(target, code)
-        if (
-            look.would_agree(walk.writes) and walk.reads_generators == look.counts_generators
-        ) or rounds == _MOST_ROUNDS:
-            look.check_ignored()
-            generators = tuple(look.generators.values())
-            return ObjectState(digest_parts(parts), code, tuple(look.opaque), generators)
+    seen = _Seen(held, walk_code(target), ignored)
+    # The state holds code, whose walk says which attributes count, and so what is to be encoded.
+    for _ in range(MOST_ROUNDS - 1):
+        walk = walk_code(target, seen.code)
+        if seen.would_agree(walk):
+            break
+        seen = _Seen(held, walk, ignored)
+    seen.check_ignored()
+    return ObjectState(seen.digest, seen.code, tuple(seen.opaque), seen.generators)
 
 
 def find_out(
-    state: ObjectState, target: type | Callable[..., object], computes: Callable[..., object] | None = None
+    state: ObjectState,
+    target: type | Callable[..., object],
+    computes: Callable[..., object] | None = None,
+    held: Iterable[object] = (),
 ) -> Findings:
     """Add to the state of an object the code that runs, and the globals that the code refers to.
 
@@ -118,25 +114,23 @@ def find_out(
         target: The class or function whose code runs.
         computes: What of it computes a result, if not all of it does: random numbers that other code draws do not
             matter.
+        held: The objects whose state it is: what code changes of it while it computes is compared.
     """
     tracker = StateTracker(None)
-    roots = list(state.code)
-    walk = walk_code(target, roots)
-    for _ in range(_MOST_ROUNDS):
-        found = {id(code): code for code in (*state.code, *tracker.code(walk))}
-        if len(found) == len(roots):
-            break
-        roots = list(found.values())
-        walk = walk_code(target, roots)
+    walk, roots = tracker.walk(target, state.code)
     tracker.follow(walk, roots, b"", walk.talks)
     tracker.fingerprint()
     values = [(name, digest) for name, digest in tracker.describe() if name != "mode"]
     opaque = [*state.opaque, *tracker.opaque, *((name, "Tensor") for name, digest in values if digest == _OPAQUE)]
     code = [(f"code {name}", digest) for name, digest in walk.parts]
+    changed = walk.writes.assigned_attributes | walk.writes.changed_attributes
+    own = OwnState(
+        held, lambda cls, name: name in changed and not walk.writes.leave_out_attribute(cls, name, is_container=True)
+    )
     return Findings(
         parts=(*code, ("code", walk.fingerprint), ("state", state.digest), *values),
         opaque=tuple(opaque),
-        generators=(*state.generators, *tracker.generators),
+        generators=(*state.generators, *tracker.generators, own),
         classes=walk.classes,
         talks=walk.talks,
         entropy=(walk if computes is None else walk_code(computes)).draws.sources,
@@ -148,47 +142,57 @@ def find_out(
 _OPAQUE = digest_parts([b"opaque"])
 
 
-class _Look(Observer):
-    """What one encoding came upon, and which attributes it left out: all counts by value, however large."""
+class _Seen(Observer):
+    """What one encoding of an object came upon, and which attributes it left out: all counts by value, however large.
+
+    Args:
+        held: The object, and what else is used with it, by what to call them.
+        walk: What the code walk found.
+        ignored: What does not count: attributes by their path, from the object on.
+
+    Attributes:
+        digest: Of all that counts.
+        code: The functions, classes and modules that it holds.
+        opaque: Where it holds something that cannot be seen, and of what type.
+        generators: The random number generators that it leads to.
+    """
 
     asks_for_state = True
     looks_again = False
 
-    def __init__(self, writes: Writes, ignored: Sequence[str], *, counts_generators: bool) -> None:
-        self._writes = writes
+    def __init__(self, held: Mapping[str, object], walk: CodeWalk, ignored: Sequence[str]) -> None:
+        self.counts_generators = walk.reads_generators
+        self.opaque: list[tuple[str, str]] = []
+        self._writes = walk.writes
         self._asked: dict[tuple[type, str, bool], bool] = {}
-        self._is_derived: dict[tuple[type, str], bool] = {}
         self._ignored = frozenset(ignored)
         self._come_upon: set[str] = set()
         self._paths: set[str] = set()
-        self.counts_generators = counts_generators
-        self.code: dict[int, object] = {}
-        self.opaque: list[tuple[str, str]] = []
-        self.generators: dict[int, object] = {}
+        self._code: dict[int, object] = {}
+        self._generators: dict[int, object] = {}
+        self.digest = digest_named([(name, encode_value(value, name, self)) for name, value in held.items()])
+        self.code = tuple(self._code.values())
+        self.generators = tuple(self._generators.values())
 
     def refer(self, value: torch.nn.Module | torch.Tensor, path: str) -> bytes | None:  # noqa: ARG002 - as of Observer
         return None
 
     def note_code(self, code: object) -> None:
         if isinstance(code, (type, types.ModuleType)) or inspect.isfunction(code) or operators_at(code) is not None:
-            self.code.setdefault(id(code), code)
+            self._code.setdefault(id(code), code)
 
     def note_opaque(self, path: str, value: object) -> None:
         self.opaque.append((path, type(value).__qualname__))
 
     def note_generator(self, generator: object) -> None:
-        self.generators.setdefault(id(generator), generator)
+        self._generators.setdefault(id(generator), generator)
 
     def leaves_out(self, owner: object, name: str, value: object, path: str) -> bool:
-        """Tell whether an attribute is ours, is made of others, is to be ignored, or is written and not read."""
+        """Tell whether an attribute is ours, is to be ignored, or is written and not read."""
         cls = type(owner)
         if self._ignored and self._is_ignored(path):
             return True
-        if (cls, name) not in self._is_derived:  # asking the class costs more than the rest
-            is_ours = name.startswith(("torchcache_", "_torchcache_")) or name == "cache_instance"
-            static = inspect.getattr_static(cls, name, None)
-            self._is_derived[cls, name] = is_ours or isinstance(static, functools.cached_property)
-        if self._is_derived[cls, name] or is_hook_of_ours(name, value):
+        if is_on_instances(name) or is_hook_of_ours(name, value):
             return True
         asked = cls, name, is_container(value)
         if asked not in self._asked:
@@ -198,9 +202,10 @@ class _Look(Observer):
     def _is_ignored(self, path: str) -> bool:
         inner = path.partition(".")[2]  # without what the object itself is called
         self._paths.add(inner)
-        if inner in self._ignored:
-            self._come_upon.add(inner)
-        return inner in self._ignored
+        if inner not in self._ignored:
+            return False
+        self._come_upon.add(inner)
+        return True
 
     def check_ignored(self) -> None:
         """Raise UnknownNamesError if a name to be ignored was not come upon."""
@@ -208,10 +213,12 @@ class _Look(Observer):
         if unknown:
             raise UnknownNamesError(unknown[0], sorted(self._paths))
 
-    def would_agree(self, writes: Writes) -> bool:
-        """Tell whether the same attributes are left out by another walk."""
+    def would_agree(self, walk: CodeWalk) -> bool:
+        """Tell whether the same attributes and generators count by another walk."""
+        if walk.reads_generators != self.counts_generators:
+            return False
         return all(
-            writes.leave_out_attribute(cls, key, is_container=may_change) == is_left_out
+            walk.writes.leave_out_attribute(cls, key, is_container=may_change) == is_left_out
             for (cls, key, may_change), is_left_out in self._asked.items()
         )
 

@@ -56,15 +56,24 @@ class Operators:
 
 def operators_at(value: object) -> Operators | None:
     """Return which operators a value stands for, or leads to; None for anything else, and for torch's own."""
-    kind = type(value)
-    if isinstance(value, Operators):
-        name = value.name
-    elif kind.__module__ != "torch._ops" or kind.__name__ not in _NAMES:
+    name = _name_of(value)
+    if name is None or name.partition("::")[0] in OF_TORCH:
         return None
-    else:
-        attribute = _NAMES[kind.__name__]
-        name = str(vars(value).get(attribute, "")).partition(".")[0] + ("::" if attribute == "name" else "")
-    return None if name.partition("::")[0] in OF_TORCH else Operators(name)
+    return Operators(name)
+
+
+def _name_of(value: object) -> str | None:
+    """Return the name of the operators that a value stands for, as of ``Operators``; None for anything else."""
+    if isinstance(value, Operators):
+        return value.name
+    kind = type(value)
+    if kind.__module__ != "torch._ops" or kind.__name__ not in _NAMES:
+        return None
+    attribute = _NAMES[kind.__name__]
+    name, _, _ = str(vars(value).get(attribute, "")).partition(".")
+    if attribute == "name":  # a namespace
+        return f"{name}::"
+    return name
 
 
 def operators_used(function: types.FunctionType, uses: Uses) -> list[Operators]:
@@ -76,10 +85,18 @@ def operators_used(function: types.FunctionType, uses: Uses) -> list[Operators]:
     """
     if "torch" not in sys.modules:
         return []
-    scope = _Scope(function, uses)
-    read = filter(None, map(operators_at, scope.values(tuple(uses.read))))
-    used = filter(None, map(operators_at, scope.values(tuple(uses.used))))
-    found = {operators.name: operators for operators in [*(o for o in read if o.is_one), *used]}
+    scope = _Scope(function)
+    found: dict[str, Operators] = {}
+    for value in scope.values(tuple(uses.read)):
+        operators = operators_at(value)
+        if operators is not None and operators.is_one:
+            found[operators.name] = operators
+
+    # What is used as it is may be asked for any operator in it.
+    for value in scope.values(tuple(uses.used)):
+        operators = operators_at(value)
+        if operators is not None:
+            found[operators.name] = operators
     return [found[name] for name in sorted(found)]
 
 
@@ -92,9 +109,11 @@ class _Scope(Scope):
             return super().attribute(value, key)
         if operators.is_one:
             return operators
-        if not operators.name and key in _NO_NAMESPACE:
+        if operators.name:
+            return operators_at(Operators(f"{operators.name}{key}"))
+        if key in _NO_NAMESPACE:
             return MISSING
-        return operators_at(Operators(f"{operators.name}{key}" if operators.name else f"{key}::"))
+        return operators_at(Operators(f"{key}::"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +151,16 @@ class ImplementationOf:
 
     def get(self, key: str, default: object, /) -> object:  # noqa: ARG002 - there is one key
         """Return it."""
-        definitions = _definitions(self._operators)
-        made = tuple((name, function) for name, definition in definitions for function in _functions_of(definition))
+        made: list[tuple[str, object]] = []
+        for name, definition in _definitions(self._operators):
+            made += [(name, function) for function in _functions_of(definition)]
+
+        # The answer can only differ where one of these does.
         loaded: Iterable[str] = getattr(_ops(), "loaded_libraries", ())
-        asked = [len(registered()), count_noted(), len(sys.modules), *sorted(loaded), *((n, id(f)) for n, f in made)]
+        asked: list[object] = [len(registered()), count_noted(), len(sys.modules)]
+        asked += sorted(loaded)
+        for name, function in made:
+            asked.append((name, id(function)))
         if asked != self._asked:
             self._asked = asked
             found = _implementation(self._operators, made)
@@ -144,32 +169,73 @@ class ImplementationOf:
         return self._found
 
 
-def _implementation(operators: Operators, made: tuple[tuple[str, object], ...]) -> Implementation:
-    functions, origins, unseen = [*made], set[str](), []
-    defined = {name for name, _ in made}
+def _implementation(operators: Operators, made: list[tuple[str, object]]) -> Implementation:
+    """Return what runs behind operators now.
+
+    Args:
+        operators: The operators.
+        made: The functions that ``torch.library.custom_op`` was given for them, by the name of the operator.
+    """
+    found = _Registered(operators, made)
+    functions = [*found.functions, *_kernels(operators)]
+    origins = found.origins
+    unseen = found.unseen
+
+    # What no function in Python was found for may be in a library of C.
     is_elsewhere = not operators.is_one
-    for key in sorted(registered()):
-        namespace, operator, dispatch = key.split("/", 2)
-        name = f"{namespace}::{operator.partition('.')[0]}"
-        if dispatch == _SHAPES or not operators.counts(name):
-            continue
-        function = noted(key)
-        if function is not None and not (name in defined and _is_of_definition(function)):
-            functions.append((name, function))
-        elif function is None and name not in defined:
-            origin = origin_of_module(namespace)
-            origins.update(() if origin is None else (origin,))
-            unseen += [name] if origin is None else []
-    for name, function in _kernels(operators):
-        functions.append((name, function))
-    if not functions and not unseen and not origins and operators.is_one:
+    if operators.is_one and not (functions or unseen or origins):
         is_elsewhere = _exists(operators.name)
-    files = sorted({*_libraries()}) if is_elsewhere else []
-    own = tuple(path for path in files if origin_of_file(path) is None)
-    origins |= {origin for path in files if (origin := origin_of_file(path)) is not None and origin not in UNCOUNTED}
-    if is_elsewhere and operators.is_one and not (own or origins):
-        unseen.append(operators.name)
-    return Implementation(tuple(functions), own, tuple(sorted(origins)), tuple(dict.fromkeys(unseen)))
+
+    own: list[str] = []
+    if is_elsewhere:
+        for path in sorted(set(_libraries())):
+            origin = origin_of_file(path)
+            if origin is None:
+                own.append(path)
+            elif origin not in UNCOUNTED:
+                origins.add(origin)
+        if operators.is_one and not (own or origins):
+            unseen.append(operators.name)
+    return Implementation(tuple(functions), tuple(own), tuple(sorted(origins)), tuple(dict.fromkeys(unseen)))
+
+
+class _Registered:
+    """What is registered for operators beside their definitions.
+
+    Attributes:
+        functions: The functions that compute values, by the name of the operator.
+        origins: The distributions that registered functions of which nothing else is known.
+        unseen: The operators of which nothing is known.
+    """
+
+    def __init__(self, operators: Operators, made: list[tuple[str, object]]) -> None:
+        self.functions = [*made]
+        self.origins = set[str]()
+        self.unseen: list[str] = []
+        defined = {name for name, _ in made}
+        for key in sorted(registered()):
+            namespace, operator, dispatch = key.split("/", 2)
+            name = f"{namespace}::{operator.partition('.')[0]}"
+            if dispatch != _SHAPES and operators.counts(name):
+                self._add(name, noted(key), origin_of_module(namespace), is_defined=name in defined)
+
+    def _add(self, name: str, function: object, origin: str | None, *, is_defined: bool) -> None:
+        """Add what is registered under one key.
+
+        Args:
+            name: The operator.
+            function: What was registered, if that was noted.
+            origin: Where the module comes from that has the name of the operator's namespace.
+            is_defined: Whether the operator's definition says what runs.
+        """
+        if function is not None:
+            if not (is_defined and _is_of_definition(function)):
+                self.functions.append((name, function))
+        elif not is_defined:
+            if origin is None:
+                self.unseen.append(name)
+            else:
+                self.origins.add(origin)
 
 
 def _ops() -> Any:  # noqa: ANN401 - torch.ops
@@ -189,7 +255,10 @@ def _functions_of(definition: object) -> Iterator[object]:
     """Yield the functions that compute values, not those that compute shapes or gradients."""
     for attribute in ("_init_fn", "_backend_fns", "_torch_dispatch_fns", "_vmap_fn"):
         held = getattr(definition, attribute, None)
-        for found in [*held.values()] if isinstance(held, dict) else [held]:
+        candidates = [held]
+        if isinstance(held, dict):
+            candidates = list(held.values())
+        for found in candidates:
             if found is not None:
                 yield _within(found)
 
@@ -197,7 +266,7 @@ def _functions_of(definition: object) -> Iterator[object]:
 def _within(function: object) -> object:
     """Return the function in wrappers of torch's, which lead to those that compute shapes as well."""
     for _ in range(_MOST_WRAPPERS):
-        if not (isinstance(function, types.FunctionType) and _is_of_definition(function)):
+        if not isinstance(function, types.FunctionType) or not _is_of_definition(function):
             break
         closure = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=False))
         if "fn" not in closure:
@@ -208,23 +277,34 @@ def _within(function: object) -> object:
 
 def _is_of_definition(function: object) -> bool:
     """Tell whether a function is one that torch makes around that of ``torch.library.custom_op``."""
-    home = function.__globals__.get("__name__") if isinstance(function, types.FunctionType) else None
+    if not isinstance(function, types.FunctionType):
+        return False
+    home = function.__globals__.get("__name__")
     return isinstance(home, str) and home.startswith("torch.") and home != "torch.library"
 
 
 def _kernels(operators: Operators) -> Iterator[tuple[str, object]]:
     """Yield the functions that ``OpOverload.py_impl`` gave an operator, if it was looked up."""
+    if not operators.is_one:
+        return
     namespace, _, operator = operators.name.partition("::")
-    of_namespace = getattr(_ops(), "__dict__", {}).get(namespace) if operators.is_one else None
-    packet = getattr(of_namespace, "__dict__", {}).get(operator)
-    for overload in [*getattr(packet, "__dict__", {}).values()]:
-        for function in [*getattr(overload, "py_kernels", {}).values()]:
+    of_namespace = _attributes_of(_ops()).get(namespace)
+    packet = _attributes_of(of_namespace).get(operator)
+    for overload in list(_attributes_of(packet).values()):
+        kernels = getattr(overload, "py_kernels", {})
+        for function in list(kernels.values()):
             if isinstance(function, types.FunctionType):
                 yield operators.name, function
 
 
+def _attributes_of(value: object) -> dict[str, object]:
+    attributes: dict[str, object] = getattr(value, "__dict__", {})
+    return attributes
+
+
 def _exists(name: str) -> bool:
-    find = getattr(getattr(sys.modules.get("torch"), "_C", None), "_jit_get_schemas_for_operator", None)
+    torch_c = getattr(sys.modules.get("torch"), "_C", None)
+    find = getattr(torch_c, "_jit_get_schemas_for_operator", None)
     return find is None or bool(find(name))
 
 
@@ -233,7 +313,9 @@ def _libraries() -> Iterator[str]:
     yield from map(str, getattr(_ops(), "loaded_libraries", ()))
     loaded: dict[str, object] = {**sys.modules}  # it may hold anything
     for name, module in loaded.items():
-        path = getattr(module, "__file__", None) if isinstance(module, types.ModuleType) else None
+        if not isinstance(module, types.ModuleType):
+            continue
+        path = getattr(module, "__file__", None)
         if isinstance(path, str) and path.endswith(_EXTENSIONS) and origin_of_module(name) is None:
             yield path
 

@@ -25,6 +25,9 @@ STANDARD = "the standard library"
 #: care, Python by its minor version), and a patch release must not start every cache afresh.
 UNCOUNTED = frozenset({"torch", "numpy", "torchcache", STANDARD})
 
+#: The file of code that cloudpickle (3.1) brought along; the file of its module is among its globals.
+_BY_VALUE = "<dynamic-code>"
+
 #: Wrappers are opened so deep to find the function inside.
 _MOST_WRAPPERS = 8
 
@@ -77,9 +80,12 @@ def origin_of_function(function: types.FunctionType) -> str | None:
     """Return where a function's code comes from.
 
     Code without a file belongs to the module whose globals it uses, such as the methods that
-    ``dataclass`` writes, and to the user if these are no module's.
+    ``dataclass`` writes, and to the user if these are no module's. Code that came in a pickle has them from there.
     """
     path = function.__code__.co_filename
+    if path == _BY_VALUE:
+        file = function.__globals__.get("__file__")
+        return origin_of_file(file) if isinstance(file, str) else None
     if path.startswith("<") and not path.startswith("<frozen"):
         name = function.__globals__.get("__name__")
         if not isinstance(name, str):
@@ -105,6 +111,11 @@ def origin_of_module(module: str | None) -> str | None:
     origin = origin_of_file(path)
     # A profiler or debugger of the standard library runs the user's script under its own name.
     return None if origin == STANDARD and module in ("__main__", "__mp_main__") else origin
+
+
+def is_of_cython(value: object) -> bool:
+    """Tell whether a value is a function that Cython compiled; its class is of a module that no distribution has."""
+    return type(value).__module__.startswith("_cython_")
 
 
 def _path_of(module: types.ModuleType) -> str:

@@ -173,8 +173,10 @@ def package_of(function: types.FunctionType) -> str:
 
 def defaults_of(function: types.FunctionType) -> list[tuple[str, object]]:
     """Return the defaults of a function with the keys that ``DefaultsOf`` knows them by."""
-    values = function.__defaults__ or ()
+    values, keywords = function.__defaults__ or (), function.__kwdefaults__ or {}
+    if not values and not keywords:  # most have none, and walks ask often
+        return []
     code = function.__code__
     names = code.co_varnames[: code.co_argcount][-len(values) :] if values else ()
-    named = [*zip(names, values, strict=False), *sorted((function.__kwdefaults__ or {}).items())]
+    named = [*zip(names, values, strict=False), *sorted(keywords.items())]
     return [(f"{name}{DEFAULT}", value) for name, value in named]

@@ -14,8 +14,9 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torchcache.keys.calls import NONE, Call, Operand, Operands, Uses, uses_of
+from torchcache.keys.calls import Call, Uses, uses_of
 from torchcache.keys.changes import parts_of
+from torchcache.keys.operands import NONE, Operand, Operands
 from torchcache.keys.origins import STANDARD, origin_of_function
 from torchcache.keys.places import MISSING
 from torchcache.keys.scope import Scope
@@ -85,7 +86,7 @@ class Draws:
     def note(self, function: types.FunctionType) -> None:
         """Note what a function's own code can draw from."""
         uses = uses_of(function.__code__)
-        scope = _Scope(function, uses, self._held)
+        scope = _Scope(function, self._held)
         for operand in uses.read:
             for value in scope.values((operand,)):
                 self.note_value(value)
@@ -98,7 +99,7 @@ class Draws:
 
     def note_value(self, value: object) -> None:
         """Note that the code uses a value: it may draw whenever it runs."""
-        self._certain.update(name for item in parts_of(value) if (name := _drawing(item)) is not None)
+        self._certain.update(filter(None, map(_drawing, parts_of(value))))
 
     def note_held(self, value: object) -> None:
         """Note that the state holds a value, or objects of a class."""
@@ -113,11 +114,8 @@ class Draws:
         if is_unknown and any(operand.keys[-1:] == ("seed",) for operand in call.callee):
             self._note_made(_SEED_OF_ANY, number, call, scope)
         for callee in callees:
-            given: list[object] = []
-            while isinstance(callee, functools.partial):
-                given += [*callee.args[:1], *(value for key, value in callee.keywords.items() if key in _SEEDS)]
-                callee = callee.func  # noqa: PLW2901 - what is called in the end
-            name = _making(callee)
+            called, given = _without_partials(callee)
+            name = _making(called)
             if name is not None and all(value is None for value in given):
                 self._note_made(name, number, call, scope)
 
@@ -135,12 +133,22 @@ class Draws:
 
     def _note_given(self, call: Call, callees: Sequence[object], scope: _Scope) -> None:
         """Note what makes generators and is handed on, to be called by somebody else, perhaps without a seed."""
-        given = [*call.positional, *(value for _, value in call.keywords)]
+        given = [*call.positional, *dict(call.keywords).values()]
         is_with_seed = len(given) > 1 and any(callee is functools.partial for callee in callees)
         if is_with_seed or any(callee is known for callee in callees for known in _NOT_CALLING):
             return
         for value in given:
-            self._certain.update(name for found in scope.values(value) if (name := _making(found)) is not None)
+            self._certain.update(filter(None, map(_making, scope.values(value))))
+
+
+def _without_partials(callee: object) -> tuple[object, list[object]]:
+    """Return what is called in the end, and the seeds that partials around it give."""
+    given: list[object] = []
+    while isinstance(callee, functools.partial):
+        given += callee.args[:1]
+        given += [value for key, value in callee.keywords.items() if key in _SEEDS]
+        callee = callee.func
+    return callee, given
 
 
 class _Scope(Scope):
@@ -148,12 +156,11 @@ class _Scope(Scope):
 
     Args:
         function: The function; it does not live for this.
-        uses: Of its code.
         held: As of ``Draws``.
     """
 
-    def __init__(self, function: types.FunctionType, uses: Uses, held: Mapping[str, object]) -> None:
-        super().__init__(function, uses)
+    def __init__(self, function: types.FunctionType, held: Mapping[str, object]) -> None:
+        super().__init__(function)
         self._held = held
 
     def attribute(self, value: object, key: str) -> object:
@@ -209,12 +216,7 @@ def _drawing(value: object) -> str | None:
 def _making(value: object) -> str | None:
     """Name what makes or seeds a generator, from entropy if it is given no seed; None for anything else."""
     if isinstance(value, type):
-        if random.SystemRandom in value.__mro__:
-            return "random.SystemRandom"
-        if random.Random in value.__mro__:
-            return "random.Random"
-        names = [base.__name__ for base in value.__mro__ if base.__module__.startswith(_NUMPY)]
-        return next((f"{_NUMPY}.{name}" for name in names if name in _OF_NUMPY), None)
+        return _making_class(value)
     if isinstance(value, (types.MethodType, types.BuiltinFunctionType)) and value.__name__ == "seed":
         name = _generator(type(value.__self__))
         if name is not None:
@@ -222,6 +224,18 @@ def _making(value: object) -> str | None:
     if isinstance(value, types.BuiltinFunctionType) or type(value).__name__ == "cython_function_or_method":
         module, name = str(getattr(value, "__module__", "")), str(getattr(value, "__name__", ""))
         return f"{_NUMPY}.{name}" if module.startswith(_NUMPY) and name in _OF_NUMPY else None
+    return None
+
+
+def _making_class(cls: type) -> str | None:
+    """Name a class of generators; None for any other class."""
+    if random.SystemRandom in cls.__mro__:
+        return "random.SystemRandom"
+    if random.Random in cls.__mro__:
+        return "random.Random"
+    for base in cls.__mro__:
+        if base.__module__.startswith(_NUMPY) and base.__name__ in _OF_NUMPY:
+            return f"{_NUMPY}.{base.__name__}"
     return None
 
 
@@ -256,10 +270,12 @@ def _may_be_none(operands: Operands) -> bool:
 
 def _seeded_later(uses: Uses) -> set[int]:
     """Return the numbers of the calls that make what is given a seed, or a state, right afterwards."""
-    found = set()
+    found = set[int]()
     for call in uses.calls:
+        if not (call.positional or call.keywords):
+            continue
         for operand in call.callee:
-            if len(operand.keys) == 1 and operand.keys[0] in _SEEDING and (call.positional or call.keywords):
+            if len(operand.keys) == 1 and operand.keys[0] in _SEEDING:
                 owners = uses.assigned.get(operand.root, ()) if operand.kind == "variable" else (operand,)
-                found |= {int(owner.root) for owner in owners if owner.kind == "result"}
+                found.update(int(owner.root) for owner in owners if owner.kind == "result")
     return found

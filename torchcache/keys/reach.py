@@ -6,9 +6,9 @@ import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
-from torchcache.keys.bytecode import all_codes, reads_of
 from torchcache.keys.calls import uses_of
 from torchcache.keys.places import ClosureOf, defaults_of
+from torchcache.keys.reads import all_codes, reads_of
 
 #: Methods that run when an object is made, and those that run when it is copied, stored, shown or thrown away.
 _MAKING = ("__new__", "__init__", "__post_init__")
@@ -109,21 +109,16 @@ class Reach:
 
     def _follow_calls(self, function: types.FunctionType) -> None:
         """Follow what makes an object of each class that is called."""
-        uses = uses_of(function.__code__)
         owner = self._owners.get(id(function))
-        first = function.__code__.co_varnames[:1]
-        is_of_class = owner is not None and isinstance(vars(owner).get(function.__name__), classmethod)
-        for call in uses.calls:
-            for operand in call.callee:
-                assigned = uses.assigned.get(operand.root, ()) if operand.kind == "variable" else ()
-                names = {(found.root, *found.keys)[-1] for found in (operand, *assigned)}
-                for name in names:
-                    for cls in self._classes.get(name, ()):
+        names_of_owner = _names_of_own_class(function, owner)
+        for names in _names_called(function):
+            for name in names:
+                for cls in self._classes.get(name, ()):
+                    self._make(cls)
+            if owner is not None and not names_of_owner.isdisjoint(names):
+                for cls in self._own:
+                    if owner in cls.__mro__:
                         self._make(cls)
-                if owner is not None and ("__class__" in names or (is_of_class and names.intersection(first))):
-                    for cls in self._own:
-                        if owner in cls.__mro__:
-                            self._make(cls)
 
     def _use(self, cls: type) -> None:
         """Follow what Python calls by itself of an object of a class."""
@@ -132,10 +127,11 @@ class Reach:
                 continue
             self._live.add(base)
             self._use(type(base))
+            skipped = _ASIDE
+            if self._is_map and defines(cls, "__getitem__"):
+                skipped = _ASIDE | _ITERATING
             for name in tuple(vars(base)):
-                is_iterating = self._is_map and name in _ITERATING and defines(cls, "__getitem__")
-                is_special = name.startswith("__") and name not in _ASIDE and not is_iterating
-                if is_special or name == "forward":
+                if name == "forward" or (name.startswith("__") and name not in skipped):
                     self._run_method(base, name)
 
     def _make(self, cls: type) -> None:
@@ -151,6 +147,23 @@ class Reach:
         for owner, function in self._functions.get(name, ()):
             if owner is cls:
                 self._run(function)
+
+
+def _names_called(function: types.FunctionType) -> Iterator[set[str]]:
+    """Yield what each call in a function may call, by the last name of it."""
+    uses = uses_of(function.__code__)
+    for call in uses.calls:
+        for operand in call.callee:
+            assigned = uses.assigned.get(operand.root, ()) if operand.kind == "variable" else ()
+            yield {(found.root, *found.keys)[-1] for found in (operand, *assigned)}
+
+
+def _names_of_own_class(function: types.FunctionType, owner: type | None) -> set[str]:
+    """Return what a method calls the class of its object: ``__class__``, and ``cls`` in a method of the class."""
+    names = {"__class__"}
+    if owner is not None and isinstance(vars(owner).get(function.__name__), classmethod):
+        names.update(function.__code__.co_varnames[:1])
+    return names
 
 
 def defines(cls: type, name: str) -> bool:

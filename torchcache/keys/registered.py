@@ -5,19 +5,26 @@ Found by the names of classes: nothing is imported that the object's own class d
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
+import functools
+import io
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
+from torchcache.keys.attributes import attributes_of
+from torchcache.keys.pictures import parts_of_picture
 from torchcache.keys.registry import Encode, Registration, ship, ship_part
 
 
 def _reduction(value: Any) -> object:  # noqa: ANN401 - here and below: an object of the class that is registered
     """Return what pickle would keep of an object, beside its class."""
-    return value.__reduce_ex__(4)[1:]
+    made_by, *parts = value.__reduce_ex__(4)
+    # What makes it anew may hold some of it: a methodcaller's arguments by keyword are in a partial.
+    return (made_by, *parts) if isinstance(made_by, functools.partial) else tuple(parts)
 
 
 # -- the standard library and NumPy ------------------------------------------------------------------------------
@@ -28,7 +35,9 @@ def _memory_map(value: Any) -> object:  # noqa: ANN401
 
 
 def _stream(value: Any) -> object:  # noqa: ANN401
-    return value.getvalue(), value.tell()
+    parts = value.getvalue(), value.tell()
+    notes = vars(value)
+    return (*parts, notes) if notes and type(value) in (io.BytesIO, io.StringIO) else parts
 
 
 def _memory_view(value: memoryview) -> object:
@@ -36,9 +45,20 @@ def _memory_view(value: memoryview) -> object:
 
 
 def _time_zone(value: Any) -> object:  # noqa: ANN401
-    if value.key is None:
-        raise TypeError("a time zone that was read from a file has no name")
+    """Return the name of a time zone.
+
+    Raises:
+        pickle.PicklingError: If it was read from a file, whatever name it was given.
+    """
+    value.__reduce__()
     return value.key
+
+
+def _variable_of_context(value: contextvars.ContextVar[Any]) -> object:
+    try:
+        return value.name, value.get()
+    except LookupError:  # it was not set and has no default
+        return (value.name,)
 
 
 def _pattern(value: Any) -> object:  # noqa: ANN401
@@ -100,7 +120,8 @@ _CHANGING: dict[tuple[str, str], Encode] = {
     ("array", "array"): lambda value: (value.typecode, value.tobytes()),
     ("itertools", "count"): repr,
     ("weakref", "ReferenceType"): lambda value: value(),
-    ("_contextvars", "ContextVar"): lambda value: (value.name, value.get(None)),
+    ("weakref", "finalize"): lambda value: (value.peek(), value.atexit),
+    ("_contextvars", "ContextVar"): _variable_of_context,
     **{("_ctypes", name): _shared_memory for name in ("_SimpleCData", "Structure", "Union", "Array")},
 }
 
@@ -114,21 +135,43 @@ def _storage(value: Any) -> object:  # noqa: ANN401
 # -- libraries ---------------------------------------------------------------------------------------------------
 
 
+def _notes_on_pandas(value: Any, counted: Collection[str] = ()) -> list[dict[str, Any]]:  # noqa: ANN401
+    """Return what somebody hung on an object of pandas in a list, or an empty one.
+
+    Args:
+        value: The object.
+        counted: Attributes that are told elsewhere.
+    """
+    held = attributes_of(value) or {}
+    notes = {name: note for name, note in held.items() if name not in _OF_PANDAS and name not in counted}
+    return [notes] if notes else []
+
+
+#: Attributes of objects of pandas that it has itself: what is in them, and what it has computed of that so far.
+_OF_PANDAS = frozenset({
+    "_mgr", "_attrs", "_flags", "_name", "_item_cache", "_cacher", "_is_copy", "_data", "_cache", "_id", "_references",
+    "_range", "_freq", "_levels", "_codes", "_names", "sortorder", "_engine", "_typ", "_ndarray", "_dtype",
+})  # fmt: skip
+
+
 def _frame(value: Any) -> object:  # noqa: ANN401
     more = [(name, getattr(value, name, None)) for name in value._metadata]  # noqa: SLF001 - as pandas asks of subclasses
     more += [("flags", value.flags.allows_duplicate_labels)]
+    more += [("notes", notes) for notes in _notes_on_pandas(value, value._metadata)]  # noqa: SLF001 - as above
     return value.columns, value.index, [column.array for _, column in value.items()], value.attrs, more
 
 
 def _series(value: Any) -> object:  # noqa: ANN401
     more = [(name, getattr(value, name, None)) for name in value._metadata]  # noqa: SLF001 - as above
     more += [("flags", value.flags.allows_duplicate_labels)]
+    more += [("notes", notes) for notes in _notes_on_pandas(value, value._metadata)]  # noqa: SLF001 - as above
     return value.name, value.index, value.array, value.attrs, more
 
 
 def _backed_array(value: Any) -> object:  # noqa: ANN401
     """Return an array of dates, categories or strings without what it has noted about itself."""
-    return value._ndarray, value.dtype, getattr(value, "_freq", None)  # noqa: SLF001 - the public ones copy
+    parts = value._ndarray, value.dtype, getattr(value, "_freq", None)  # noqa: SLF001 - the public ones copy
+    return (*parts, *_notes_on_pandas(value))
 
 
 def _without_cache(value: Any) -> object:  # noqa: ANN401
@@ -137,7 +180,7 @@ def _without_cache(value: Any) -> object:  # noqa: ANN401
 
 
 def _index(value: Any) -> object:  # noqa: ANN401
-    return value.__reduce__()[1]
+    return (*value.__reduce__()[1], *_notes_on_pandas(value))
 
 
 def _arrow_table(value: Any) -> object:  # noqa: ANN401
@@ -169,11 +212,6 @@ def _sparse(value: Any) -> object:  # noqa: ANN401
     return {name: part for name, part in vars(value).items() if not name.startswith("_has_")}
 
 
-def _image(value: Any) -> object:  # noqa: ANN401
-    palette = None if value.palette is None else (value.palette.mode, bytes(value.palette.tobytes()))
-    return value.mode, value.size, value.tobytes(), palette, value.info, getattr(value, "tell", int)()
-
-
 _OF_LIBRARIES: dict[tuple[str, str], Encode] = {
     ("ctypes", "CDLL"): lambda value: value._name,  # noqa: SLF001 - it has no public one
     ("_thread", "_local"): vars,  # what the present thread sees
@@ -197,9 +235,31 @@ _OF_LIBRARIES: dict[tuple[str, str], Encode] = {
     ("xarray", "Dataset"): _data_set,
     ("xarray", "DataArray"): _data_array,
     ("scipy", "_spbase"): _sparse,
-    ("PIL", "Image"): _image,
+    ("PIL", "Image"): parts_of_picture,
     ("sentencepiece", "SentencePieceProcessor"): lambda value: (value.serialized_model_proto(), _public(value)),
 }
+
+
+def _hugging_face_data_set(value: Any) -> object:  # noqa: ANN401
+    """Return what a dataset of Hugging Face is: its own fingerprint, which follows its data, and the form of items."""
+    version = sys.modules["datasets"].__version__
+    how = value.format  # with a transform, whose code is walked
+    return version, value._fingerprint, how, str(value.features)  # noqa: SLF001 - it has no public one
+
+
+def _graph(value: Any) -> object:  # noqa: ANN401
+    """Return what a graph of torch.fx computes: its code, and the functions and constants that this names."""
+    code = value.python_code("self")
+    return code.src, code.globals
+
+
+def _quick_graph(value: Any) -> object:  # noqa: ANN401
+    """Return the nodes of a graph as they are in this process; to write its code takes ten times as long."""
+    lines: list[str] = []
+    for node in value.nodes:
+        target = node.target if isinstance(node.target, str) else id(node.target)
+        lines.append(f"{node.op} {target} {node.args} {node.kwargs}")
+    return "\n".join(lines)
 
 
 def _tokenizer(value: Any) -> object:  # noqa: ANN401
@@ -244,6 +304,8 @@ def _ship_all() -> None:
         ship(package, name, Registration(encode))
     for (package, name), encode in _OF_LIBRARIES.items():
         ship(package, name, Registration(encode, stands_for_subclasses=True))
+    ship("datasets", "Dataset", Registration(_hugging_face_data_set, names_code=True))
+    ship("torch", "Graph", Registration(_graph, stands_for_subclasses=True, quick=_quick_graph))
     ship("tokenizers", "Tokenizer", Registration(_tokenizer, quick=_quick_tokenizer))
     in_transformers = Registration(_tokenizer_in_transformers, quick=_quick_tokenizer_in_transformers)
     ship_part("transformers", "PreTrainedTokenizerBase", "_tokenizer", in_transformers)

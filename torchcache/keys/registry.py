@@ -29,12 +29,15 @@ class Registration:
             count too, and objects of a derived class that has more than attributes are not told by it.
         quick: Returns a part of that, for objects too large to be encoded at each call: what shows most changes
             at once. The whole is encoded now and then.
+        names_code: What it returns says which code its objects run, too, so that the code is not walked where such an
+            object is the target.
     """
 
     encode: Encode
     is_immutable: bool = False
     stands_for_subclasses: bool = False
     quick: Encode | None = None
+    names_code: bool = False
 
 
 #: The registrations of users, by class; and of torchcache, by top-level package and qualified name of the class.
@@ -109,6 +112,12 @@ def find_registration(cls: type) -> tuple[type, Registration] | None:
         if found is not None:
             return base, found
     return None
+
+
+def names_its_code(cls: type) -> bool:
+    """Tell whether the registration of a class, and not of a base of it, says which code its objects run."""
+    found = find_registration(cls)
+    return found is not None and found[0] is cls and found[1].names_code
 
 
 def _name_of(cls: type) -> tuple[str, str]:

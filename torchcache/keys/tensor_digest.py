@@ -1,54 +1,17 @@
-"""The digest of a tensor's values, computed where the tensor lies.
-
-``digest_tensor`` returns what ``digest_bytes`` returns for the same bytes, whatever the device. In host
-memory xxhash reads the bytes in place. On any other device integer tensor operations do what XXH3 does to
-the full leaves, and only 64 bytes a leaf, 1/256 of the tensor, come to the host.
-
-XXH3 is specified at https://github.com/Cyan4973/xxHash, in doc/xxhash_spec.md ("for large inputs"); the
-constants are those of xxhash.h. A leaf of 16 KiB is 16 blocks of 16 stripes of 8 words. Stripes only add to
-the 8 accumulators, so all blocks of all leaves are summed in parallel, and 15 scrambles follow one after the
-other.
-"""
+"""Tensors and arrays of numbers by value: the digest of their bytes, with dtype and shape."""
 
 from __future__ import annotations
 
-import ctypes
-from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from xxhash import xxh3_128_digest
 
-from torchcache.keys.digest import LEAF_BYTES, digest_bytes, digest_of_leaves
-
-#: A tensor that is not in host memory is read in pieces of this size, a multiple of a leaf. The temporaries
-#: of a piece take at most 3.25 times its size, all on the tensor's device.
-_PIECE_BYTES = 1 << 26
-
-_BLOCKS = _STRIPES = 16
-_WORDS = 8
-
-_PRIME32_1 = 0x9E3779B1
-_PRIME32_2 = 0x85EBCA77
-_PRIME32_3 = 0xC2B2AE3D
-_PRIME64_1 = 0x9E3779B185EBCA87
-_PRIME64_2 = 0xC2B2AE3D27D4EB4F
-_PRIME64_3 = 0x165667B19E3779F9
-_PRIME64_4 = 0x85EBCA77C2B2AE63
-_PRIME64_5 = 0x27D4EB2F165667C5
-_PRIME_MX1 = 0x165667919E3779F9
-_LOW32 = 0xFFFFFFFF
-_LOW64 = 0xFFFFFFFFFFFFFFFF
-
-_SECRET = bytes.fromhex(
-    "b8fe6c3923a44bbe7c01812cf721ad1cded46de9839097db7240a4a4b7b3671f"
-    "cb79e64eccc0e578825ad07dccff7221b8084674f743248ee03590e6813a264c"
-    "3c2852bb91c300cb88d0658b1b532ea371644897a20df94e3819ef46a9deacd8"
-    "a8fa763fe39c343ff9dcbbc7c70b4f1d8a51e04bcdb45931c89f7ec9d9787364"
-    "eac5ac8334d3ebc3c581a0fffa1363eb170ddd51b7f0da49d316552629d4689e"
-    "2b16be587d47a1fc8ff8b8d17ad031ce45cb3a8f95160428afd7fbcabb4b407e"
-)
+from torchcache.keys.digest import digest_bytes, digest_of_leaves, digest_parts
+from torchcache.keys.fast.device_digest import digest_on_device
+from torchcache.keys.fast.host_memory import bytes_of
+from torchcache.keys.tensor_kinds import PLAIN_TENSORS, as_plain
+from torchcache.keys.tensors import byte_view
 
 
 def digest_tensor(tensor: torch.Tensor) -> bytes | None:
@@ -64,189 +27,56 @@ def digest_tensor(tensor: torch.Tensor) -> bytes | None:
     if view is None:
         return None
     if view.device.type == "cpu":
-        return digest_bytes(_host_bytes(view))
-    return _digest_on_device(view)
+        return digest_bytes(bytes_of(view))
+    return digest_on_device(view)
 
 
-def _host_bytes(view: torch.Tensor) -> memoryview:
-    """Return the bytes of a contiguous tensor in host memory, valid as long as the tensor is.
+def encode_tensor(tensor: torch.Tensor, leaves: bytes | None = None) -> bytes | None:
+    """Return dtype, shape and content digest of a tensor on any device; None for one without bytes that can be seen.
 
-    Not by ``Tensor.numpy``, after which torch never lets the storage be resized again: that is how FSDP frees
-    weights. Only a tensor without an address, or of a class that decides for itself, is asked in that way.
-    """
-    pointer = view.data_ptr() if type(view) is torch.Tensor else 0
-    if not pointer:
-        return view.numpy().data
-    return memoryview((ctypes.c_char * view.nbytes).from_address(pointer)).cast("B")
-
-
-def is_freed(tensor: torch.Tensor) -> bool:
-    """Tell whether the memory of a plain tensor was given back, as FSDP does between calls.
-
-    The address of such a tensor may be other than 0, and is nobody's.
-    """
-    return (
-        type(tensor) in (torch.Tensor, torch.nn.Parameter)
-        and tensor.layout is torch.strided
-        and bool(tensor.numel())
-        and not tensor.untyped_storage().nbytes()
-    )
-
-
-def byte_view(tensor: torch.Tensor) -> torch.Tensor | None:
-    """Return the tensor's values as a flat uint8 tensor on its device; None if it has no plain bytes.
-
-    Meta, sparse, quantized, nested and freed tensors have none. The result shares the tensor's memory where it can.
-    """
-    if tensor.is_meta or tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested:
-        return None
-    if is_freed(tensor):
-        return None
-    plain = tensor.detach().resolve_conj().resolve_neg()
-    try:
-        if plain.device.type == "cpu" and not plain.is_contiguous():
-            plain = _copied_by_numpy(plain)
-        flat = plain.reshape(-1).contiguous()
-        if flat.numel() == 1:  # torch calls it contiguous whatever its stride
-            flat = flat.as_strided((1,), (1,))
-        return flat.view(torch.uint8)
-    except (RuntimeError, TypeError, NotImplementedError):
-        return None
-
-
-#: NumPy lacks some dtypes of these sizes; what is moved are integers.
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-
-
-def _copied_by_numpy(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the values one after the other: torch's parallel copies hang in a forked child."""
-    size, storage = tensor.element_size(), tensor.untyped_storage()
-    pointer = storage.data_ptr() if type(tensor) is torch.Tensor else 0
-    if not pointer:  # see _host_bytes
-        integer = _INTEGERS.get(size, tensor.dtype)
-        return torch.from_numpy(np.ascontiguousarray(tensor.view(integer).numpy()))
-    rows = np.ndarray(
-        tuple(tensor.shape),
-        f"V{size}",
-        memoryview((ctypes.c_char * storage.nbytes()).from_address(pointer)).cast("B"),
-        tensor.storage_offset() * size,
-        [stride * size for stride in tensor.stride()],
-    )
-    return torch.from_numpy(np.ascontiguousarray(rows).reshape(-1).view(np.uint8))
-
-
-def _digest_on_device(view: torch.Tensor, piece_bytes: int = _PIECE_BYTES) -> bytes:
-    """Return ``digest_bytes`` of a flat uint8 tensor; what leaves its device is small.
+    What a class derived from Tensor adds as attributes is left to the caller.
 
     Args:
-        view: Contiguous, on any device.
-        piece_bytes: Bytes worked on at a time; a multiple of a leaf.
+        tensor: The tensor.
+        leaves: The digests of the leaves of its values, where they are known.
     """
-    n = view.numel()
-    full = n - n % LEAF_BYTES
-    leaves = [_digest_leaves(view[i : min(i + piece_bytes, full)]) for i in range(0, full, piece_bytes)]
-    if full < n:
-        leaves.append(xxh3_128_digest(view[full:].cpu().numpy().data))
-    return digest_of_leaves(b"".join(leaves))
+    inner = inner_tensors(tensor)
+    if inner is not None:  # a wrapper around other tensors, which have the bytes
+        parts = [b"wrapper"]
+        for _, part in inner:
+            encoded = encode_tensor(part)
+            if encoded is None:
+                return None
+            parts.append(encoded)
+        return digest_parts(parts)
+
+    plain = as_plain(tensor)
+    if plain is None:
+        return None
+    content = digest_tensor(plain) if leaves is None else digest_of_leaves(leaves)
+    if content is None:
+        return None
+    form = f"{plain.dtype} {tuple(plain.shape)} {plain.layout}".encode()
+    return digest_parts([form, content])
 
 
-def _digest_leaves(leaves: torch.Tensor) -> bytes:
-    """Return the digests of full leaves, one after the other."""
-    if _computes_exactly(leaves.device):
-        return _merge(_accumulate(leaves).cpu().numpy().view(np.uint64))
-    data = leaves.cpu().numpy().data
-    return b"".join(xxh3_128_digest(data[i : i + LEAF_BYTES]) for i in range(0, len(data), LEAF_BYTES))
+def inner_tensors(tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]] | None:
+    """Return the tensors that a wrapper subclass (quantized weights, DTensor) is made of; None if it is none."""
+    if type(tensor) in PLAIN_TENSORS or not hasattr(tensor, "__tensor_flatten__"):
+        return None
+    names, _ = tensor.__tensor_flatten__()
+    inner: list[tuple[str, torch.Tensor]] = []
+    for name in names:
+        value = getattr(tensor, name)
+        if isinstance(value, torch.Tensor):
+            inner.append((name, value))
+    return inner
 
 
-@lru_cache(maxsize=64)
-def _computes_exactly(device: torch.device) -> bool:
-    """Tell whether a device's 64-bit integers wrap around as they must; asked once a process and device.
-
-    A back end may lack an operation, or compute it in fewer bits. Then leaves are copied to the host, piece
-    by piece: slow, but right.
-    """
-    data = np.random.default_rng(0).bytes(2 * LEAF_BYTES)
-    expected = xxh3_128_digest(data[:LEAF_BYTES]) + xxh3_128_digest(data[LEAF_BYTES:])
-    try:
-        leaves = torch.from_numpy(np.frombuffer(bytearray(data), np.uint8)).to(device)
-        return _merge(_accumulate(leaves).cpu().numpy().view(np.uint64)) == expected
-    except (RuntimeError, TypeError, NotImplementedError):
-        return False
-
-
-def _secret_words(offset: int) -> NDArray[np.uint64]:
-    """Return 64 bytes of the secret as words."""
-    return np.frombuffer(_SECRET, "<u8", _WORDS, offset).astype(np.uint64)
-
-
-def _leaf_pad() -> NDArray[np.uint64]:
-    """Return what a leaf is XORed with, ``(blocks, stripes, words)``: the secret, 8 bytes on at each stripe.
-
-    The last stripe of the input has a place of its own in the secret.
-    """
-    block = np.stack([_secret_words(8 * stripe) for stripe in range(_STRIPES)])
-    pad = np.repeat(block[None], _BLOCKS, axis=0)
-    pad[-1, -1] = _secret_words(len(_SECRET) - 71)
-    return pad
-
-
-_PAD = _leaf_pad()
-_SCRAMBLE = _secret_words(len(_SECRET) - 64)
-_INITIAL = np.array(
-    [_PRIME32_3, _PRIME64_1, _PRIME64_2, _PRIME64_3, _PRIME64_4, _PRIME32_2, _PRIME64_5, _PRIME32_1], np.uint64
-)
-
-
-def _accumulate(leaves: torch.Tensor) -> torch.Tensor:
-    """Return the accumulators of full leaves, int64 ``(n, 8)``, on the device the leaves lie on.
-
-    torch has no arithmetic on uint64 on all devices. int64 adds and multiplies to the same bits; a right
-    shift copies the sign and needs a mask.
-    """
-    if leaves.storage_offset() % 8 or leaves.data_ptr() % 8:
-        leaves = leaves.clone()  # words must be aligned
-    words = leaves.view(torch.int64).view(-1, _BLOCKS, _STRIPES, _WORDS)
-    pad, scramble, acc = (_to(words.device, constant) for constant in (_PAD, _SCRAMBLE, _INITIAL))
-
-    # In place where it can be: each of these is as large as the piece.
-    keyed = words ^ pad
-    high = (keyed >> 32).bitwise_and_(_LOW32)
-    sums = keyed.bitwise_and_(_LOW32).mul_(high).sum(dim=2)
-    # A word itself is added to its neighbour's accumulator.
-    sums += words.sum(dim=2).view(-1, _BLOCKS, _WORDS // 2, 2).flip(-1).view_as(sums)
-
-    for block in range(_BLOCKS - 1):
-        acc = acc + sums[:, block]
-        acc = (acc ^ ((acc >> 47) & 0x1FFFF) ^ scramble) * _PRIME32_1
-    return acc + sums[:, -1]
-
-
-def _to(device: torch.device, constant: NDArray[np.uint64]) -> torch.Tensor:
-    return torch.from_numpy(constant.view(np.int64)).to(device)
-
-
-def _merge(acc: NDArray[np.uint64]) -> bytes:
-    """Return the digests that the accumulators ``(n, 8)`` of full leaves end in, one after the other."""
-    low = _merge_half(acc, LEAF_BYTES * _PRIME64_1, secret_offset=11)
-    high = _merge_half(acc, ~(LEAF_BYTES * _PRIME64_2), secret_offset=len(_SECRET) - 75)
-    return np.stack([high, low], axis=1).astype(">u8").tobytes()
-
-
-def _merge_half(acc: NDArray[np.uint64], initial: int, *, secret_offset: int) -> NDArray[np.uint64]:
-    keyed = acc ^ _secret_words(secret_offset)
-    products = _fold(keyed[:, 0::2], keyed[:, 1::2])
-    merged: NDArray[np.uint64] = products.sum(axis=1, dtype=np.uint64) + np.uint64(initial & _LOW64)
-    merged ^= merged >> np.uint64(37)
-    merged *= np.uint64(_PRIME_MX1)
-    merged ^= merged >> np.uint64(32)
-    return merged
-
-
-def _fold(a: NDArray[np.uint64], b: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the two halves of the 128-bit products, XORed."""
-    half, mask = np.uint64(32), np.uint64(_LOW32)
-    a_low, a_high, b_low, b_high = a & mask, a >> half, b & mask, b >> half
-    crossed = a_high * b_low + (a_low * b_low >> half)
-    middle = a_low * b_high + (crossed & mask)
-    folded: NDArray[np.uint64] = (a * b) ^ (a_high * b_high + (crossed >> half) + (middle >> half))
-    return folded
+def encode_array(array: np.ndarray[Any, Any]) -> bytes:
+    """Return the bytes of an array that holds no objects; what lies between the fields of records does not count."""
+    if array.dtype.names is not None:
+        fields = [encode_array(array[name]) for name in array.dtype.names]
+        return digest_parts([b"records", *fields])
+    flat = b"" if not array.nbytes else np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return digest_parts([b"array", str(array.dtype).encode(), str(array.shape).encode(), digest_bytes(flat)])

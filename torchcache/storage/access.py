@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torchcache.errors import StoreError
+from torchcache.kinds import Fault
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class Access:
             return
         is_ours = status.st_uid in self._owners() or (self.is_group and _is_member(status.st_gid))
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1 or not is_ours:
-            raise StoreError(f"{path} is not a plain file of ours", kind="damaged")
+            raise StoreError(f"{path} is not a plain file of ours", kind=Fault.DAMAGED)
 
     def _owners(self) -> tuple[int, ...]:
         return (os.geteuid(), 0) if self.is_read_only else (os.geteuid(),)
@@ -168,7 +169,7 @@ def _is_member(group: int) -> bool:
 
 
 def _refused(path: Path, why: str) -> StoreError:
-    return StoreError(f"{path} {why}", kind="directory")
+    return StoreError(f"{path} {why}", kind=Fault.DIRECTORY)
 
 
 def _mode(status: os.stat_result) -> str:

@@ -11,13 +11,15 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import lmdb
 
+from torchcache.kinds import Drop
+from torchcache.storage.contract import StoreSettings
 from torchcache.storage.directory import TRASH_PREFIX, CacheDirectory
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 #: A commit's payload is at most this share of the budget; the reserve is room for two.
 COMMIT_SHARE = 32
@@ -58,6 +60,11 @@ _WHEN_OVER = {
     "none": "What is there stays, and new values are not stored (eviction='none')",
 }
 
+#: Fewer samples found for each one that was not mean that more room may not help.
+_FEW_HITS_SHARE = 20
+
+Counts = Callable[[], tuple[int, int]]
+
 
 class Budget:
     """How many bytes a cache directory may have, as one cache of this process sees it.
@@ -66,18 +73,19 @@ class Budget:
 
     Args:
         directory: The cache directory.
-        limit_bytes: The budget.
-        min_free_bytes: How much of the file system must stay free, for checkpoints and the like; None for
-            the smaller of 1 GB and 2 % of it.
+        settings: The cache's: its budget, and how much of the file system must stay free, for checkpoints and the
+            like.
+        counts: Returns how many samples the cache has found so far, and how many it had not.
     """
 
-    def __init__(self, directory: CacheDirectory, limit_bytes: int, min_free_bytes: int | None = None) -> None:
+    def __init__(self, directory: CacheDirectory, settings: StoreSettings, counts: Counts = lambda: (1, 0)) -> None:
+        self._counts = counts
         self._directory = directory
-        self._limit = limit_bytes
-        self._min_free = min_free_bytes
+        self._settings = settings
+        self._max_persistent_cache_size = settings.max_persistent_cache_size
         self._resting_until = 0.0
-        self._short = "budget"
-        self._said: set[str] = set()
+        self._short = Drop.BUDGET
+        self._said: set[Drop] = set()
 
     def allows(self, growth_bytes: int, free_bytes: int) -> bool:
         """Tell whether a commit that grows the file by at most ``growth_bytes`` fits.
@@ -85,90 +93,114 @@ class Budget:
         Above the reserve, and on a disk that is nearly full, only if plenty of the file's pages are free, so
         that it will hardly grow.
         """
-        return self._allows(growth_bytes, free_bytes, self._reserve())
+        return self._allows(growth_bytes, free_bytes, self._reserve_bytes())
 
     def allows_mark(self, growth_bytes: int, free_bytes: int) -> bool:
         """Tell whether a mark of use or a verdict fits, which a full store needs too.
 
         It may take half of the reserve; deletions keep the other half.
         """
-        return self._allows(growth_bytes, free_bytes, self._reserve() // 2)
+        return self._allows(growth_bytes, free_bytes, self._reserve_bytes() // 2)
 
     def allows_new(self, nbytes: int) -> bool:
         """Tell whether something new of at most ``nbytes`` fits."""
         after = self._directory.used_bytes() + nbytes
-        return after <= self._limit - self._reserve() and not self._is_disk_short(nbytes)
+        return after <= self._max_persistent_cache_size - self._reserve_bytes() and not self._is_disk_short(nbytes)
 
     def _allows(self, growth_bytes: int, free_bytes: int, reserve_bytes: int) -> bool:
         after = self._directory.used_bytes() + growth_bytes
-        if after <= self._limit - reserve_bytes and not self._is_disk_short(growth_bytes):
+        if after <= self._max_persistent_cache_size - reserve_bytes and not self._is_disk_short(growth_bytes):
             return True
-        return after <= self._limit and free_bytes >= FREE_FACTOR * growth_bytes
+        return after <= self._max_persistent_cache_size and free_bytes >= FREE_FACTOR * growth_bytes
 
     def _is_disk_short(self, growth_bytes: int) -> bool:
-        """Tell whether growing by so much would leave less of the file system free than ``min_free_bytes``."""
+        """Tell whether growing by so much would leave less of the file system free than ``min_free_disk``."""
         free, total = self._directory.free_disk_bytes()
         if not total:
             return False
-        least = min(_MIN_FREE_BYTES, total // _MIN_FREE_SHARE) if self._min_free is None else self._min_free
+        least = self._settings.min_free_disk
+        if least is None:
+            least = min(_MIN_FREE_BYTES, total // _MIN_FREE_SHARE)
         return free - growth_bytes < least
 
     def room_bytes(self) -> int:
         """Return how much a deletion may grow the file: it may use the reserve."""
-        return max(0, self._limit - self._directory.used_bytes())
+        return max(0, self._max_persistent_cache_size - self._directory.used_bytes())
 
     def slack_bytes(self) -> int:
         """Return how much to free at a time: a thirty-second of the budget."""
-        return self._limit // COMMIT_SHARE
+        return self._max_persistent_cache_size // COMMIT_SHARE
+
+    def commit_rows(self) -> int:
+        """Return how many rows one commit may have: each copies and splits a page of the index at worst."""
+        rows = self._max_persistent_cache_size // (COMMIT_SHARE * 2 * _PAGE)
+        return max(_LEAST_COMMIT_ROWS, min(MOST_COMMIT_ROWS, rows))
 
     def missing_bytes(self, growth_bytes: int) -> int:
         """Return how many bytes have to go before ``growth_bytes`` fit."""
-        return self._directory.used_bytes() + growth_bytes - (self._limit - self._reserve())
+        most = self._max_persistent_cache_size - self._reserve_bytes()
+        return self._directory.used_bytes() + growth_bytes - most
 
-    def rest(self, growth_bytes: int, eviction: str) -> str:
-        """Stop asking for a while, since ``growth_bytes`` found no room; say once why.
+    def rest(self, growth_bytes: int) -> Drop:
+        """Skip further writes for ``_REST_SECONDS``, since ``growth_bytes`` did not fit, and log the cause once.
 
         Returns:
-            What is short, as the counters call it: ``"budget"`` or ``"min_free_disk"``.
+            What is short: ``BUDGET`` or ``MIN_FREE_DISK``.
         """
         self._resting_until = time.monotonic() + _REST_SECONDS
-        directory = self._directory
-        self._short = "budget"
-        if self._is_disk_short(growth_bytes) and self.missing_bytes(growth_bytes) <= 0:
-            self._short = "min_free_disk"
-        if self._short == "budget":
-            self.say_if_over(eviction)
-        if self._short not in self._said:
-            self._said.add(self._short)
-            if self._short == "budget":
-                logger.warning(
-                    "the cache under %s is full: %d of %d bytes. New values are computed and not stored on "
-                    "disk. Raise max_persistent_cache_size, remove old subdirectories, or set eviction='lru' "
-                    "(now %r).",
-                    directory.path, directory.used_bytes(), self._limit, eviction,
-                )  # fmt: skip
-            else:
-                logger.warning(
-                    "the file system of %s has %d bytes left, and min_free_disk keeps %s of them free. New values are "
-                    "computed and not stored on disk until there is more. Free some space, or lower min_free_disk.",
-                    directory.path, directory.free_disk_bytes()[0],
-                    "the smaller of 1 GB and 2 %" if self._min_free is None else self._min_free,
-                )  # fmt: skip
+        is_disk_short = self._is_disk_short(growth_bytes) and self.missing_bytes(growth_bytes) <= 0
+        if is_disk_short:
+            self._short = Drop.MIN_FREE_DISK
+            self._say_disk_is_short()
+        else:
+            self._short = Drop.BUDGET
+            self.say_if_over()
+            self._say_full()
         return self._short
 
-    def say_if_over(self, eviction: str) -> None:
+    def _say_full(self) -> None:
+        if Drop.BUDGET in self._said:
+            return
+        self._said.add(Drop.BUDGET)
+        remedy = "Raise max_persistent_cache_size, remove old subdirectories, or set eviction='lru'"
+        found, missed = self._counts()
+        if found * _FEW_HITS_SHARE < missed:
+            remedy = (
+                f"Only {found} samples were found so far, and {missed} were not: if this is not the first epoch, see "
+                "first what makes them differ, such as random transforms in front of the cached call, other padding or "
+                f"a state that moves (explain() and stats().moved tell). Then: {remedy[0].lower()}{remedy[1:]}"
+            )
+        logger.warning(
+            "the cache under %s is full: %d of %d bytes. New values are computed and not stored on disk. %s (now %r).",
+            self._directory.path, self._directory.used_bytes(), self._max_persistent_cache_size, remedy,
+            self._settings.eviction,
+        )  # fmt: skip
+
+    def _say_disk_is_short(self) -> None:
+        if Drop.MIN_FREE_DISK in self._said:
+            return
+        self._said.add(Drop.MIN_FREE_DISK)
+        free, _ = self._directory.free_disk_bytes()
+        kept = self._settings.min_free_disk
+        logger.warning(
+            "the file system of %s has %d bytes left, and min_free_disk keeps %s of them free. New values are "
+            "computed and not stored on disk until there is more. Free some space, or lower min_free_disk.",
+            self._directory.path, free, "the smaller of 1 GB and 2 %" if kept is None else kept,
+        )  # fmt: skip
+
+    def say_if_over(self) -> None:
         """Say once if there is more than the budget, as after it was lowered."""
         used = self._directory.used_bytes()
-        if used <= self._limit or "budget" in self._said:
+        if used <= self._max_persistent_cache_size or Drop.BUDGET in self._said:
             return
-        self._said.add("budget")
+        self._said.add(Drop.BUDGET)
         logger.warning(
             "the cache under %s has %d bytes, more than max_persistent_cache_size=%d, as where that was lowered. %s. "
             "Raise it, remove old subdirectories, or clear() caches that are not needed.",
-            self._directory.path, used, self._limit, _WHEN_OVER[eviction],
+            self._directory.path, used, self._max_persistent_cache_size, _WHEN_OVER[self._settings.eviction],
         )  # fmt: skip
 
-    def shortage(self) -> str | None:
+    def shortage(self) -> Drop | None:
         """Return what was short a moment ago; None where it is time to ask again."""
         return self._short if time.monotonic() < self._resting_until else None
 
@@ -177,13 +209,9 @@ class Budget:
         self._resting_until = 0.0
         self._said.clear()
 
-    def _reserve(self) -> int:
-        return max(self._limit // _RESERVE_SHARE, min(self._limit // 4, _LEAST_RESERVE_BYTES))
-
-
-def commit_rows(limit_bytes: int) -> int:
-    """Return how many rows one commit may have: each copies and splits a page of the index at worst."""
-    return max(_LEAST_COMMIT_ROWS, min(MOST_COMMIT_ROWS, limit_bytes // (COMMIT_SHARE * 2 * _PAGE)))
+    def _reserve_bytes(self) -> int:
+        least = min(self._max_persistent_cache_size // 4, _LEAST_RESERVE_BYTES)
+        return max(self._max_persistent_cache_size // _RESERVE_SHARE, least)
 
 
 def growth_bytes(txn: lmdb.Transaction, segment_sizes: Sequence[int], entries: int) -> int:

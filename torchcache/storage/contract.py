@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Protocol
 
+from torchcache.kinds import Drop
 from torchcache.layout import Found, Rows
 
 
@@ -16,6 +17,19 @@ class Verdict(IntEnum):
     UNKNOWN = 0
     INDEPENDENT = 1
     DEPENDENT = 2
+
+    #: Rows were compared and came back the same, and proved nothing, as rows of zeros do.
+    UNDECIDED = 3
+
+    #: A row came back the same in two batches of copies of itself, of two sizes. Nothing is known of other batches.
+    REPEATED = 4
+
+    def replaces(self, other: Verdict) -> bool:
+        """Tell whether this one is noted in place of another: what says more stays."""
+        return _STRENGTH.index(self) > _STRENGTH.index(other)
+
+
+_STRENGTH = (Verdict.UNKNOWN, Verdict.REPEATED, Verdict.UNDECIDED, Verdict.INDEPENDENT, Verdict.DEPENDENT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +49,11 @@ class Lookup:
     verdict: Verdict = Verdict.UNKNOWN
 
 
+def nothing_of(digests: Sequence[bytes], verdict: Verdict = Verdict.UNKNOWN) -> Lookup:
+    """Return what a lookup of ``digests`` gives where none of them is there."""
+    return Lookup([], list(range(len(digests))), verdict=verdict)
+
+
 @dataclass(frozen=True, slots=True)
 class Packed:
     """Rows packed into records, ready to be committed: the part of a write that needs no lock.
@@ -43,14 +62,14 @@ class Packed:
         namespace: Of all of them.
         digests: Of the samples, in order.
         records: One a digest.
-        dropped: How many rows no record can be made of, by reason; ``put_many`` passes it on.
+        dropped: How many rows no record can be made of, and why; ``put_many`` passes it on.
         replaces: Digests whose earlier values are deleted first; empty where what is there stays.
     """
 
     namespace: bytes
     digests: Sequence[bytes]
     records: Sequence[bytes]
-    dropped: Mapping[str, int] = field(default_factory=dict)
+    dropped: Mapping[Drop, int] = field(default_factory=dict)
     replaces: Sequence[bytes] = ()
 
     def between(self, start: int, stop: int) -> Packed:
@@ -65,12 +84,31 @@ class Written:
     Attributes:
         rows: How many were stored by it, or were there already.
         nbytes: Bytes of the records it added.
-        dropped: How many were not stored, by reason.
+        dropped: How many were not stored, and why.
     """
 
     rows: int = 0
     nbytes: int = 0
-    dropped: Mapping[str, int] = field(default_factory=dict)
+    dropped: Mapping[Drop, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSettings:
+    """What one cache asks of its store, by the names of its options.
+
+    Attributes:
+        max_persistent_cache_size: The budget: bytes that everything under the cache directory may have.
+        eviction: What makes room: "stale", "lru" or "none".
+        min_free_disk: Bytes of the file system that stay free; None for the smaller of 1 GB and 2 % of it.
+        lock_timeout_seconds: How long a write waits for other processes.
+        zstd_level: The level at which rows are compressed; None stores them raw.
+    """
+
+    max_persistent_cache_size: int
+    eviction: str = "stale"
+    min_free_disk: int | None = None
+    lock_timeout_seconds: float = 2.0
+    zstd_level: int | None = None
 
 
 class Store(Protocol):
@@ -91,7 +129,7 @@ class Store(Protocol):
         """Commit the records of all of ``packed``, in transactions that are small against the budget.
 
         What is already there stays, unless it is named in ``replaces``. Rows of a namespace that is
-        ``DEPENDENT`` are dropped, as ``rows_depend_on_batch``. Waits for other processes at most
+        ``DEPENDENT`` are dropped, as ``Drop.ROWS_DEPEND_ON_BATCH``. Waits for other processes at most
         ``lock_timeout_seconds``.
         """
 

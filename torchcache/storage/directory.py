@@ -17,12 +17,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from torchcache.errors import StoreError
-from torchcache.log import warn_once
+from torchcache.kinds import Fault
 from torchcache.process import ForkLock
+from torchcache.report.log import warn_once
 from torchcache.storage.access import PRIVATE, Access
 from torchcache.storage.filesystems import check_file_system
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".torchcache.lock"
 TRASH_PREFIX = ".torchcache-trash-"
@@ -30,7 +31,12 @@ TRASH_PREFIX = ".torchcache-trash-"
 #: Lies in each subdirectory that we made: nothing else below a cache directory is ours to remove.
 MARKER_NAME = ".torchcache"
 
-_POLL_SECONDS = 0.005
+#: How often who waits for the lock tries to take it; more often after ``_LATE_SECONDS``, since whoever tries most often
+#: gets it first: of four processes that write all the time, one would else wait for seconds now and then.
+_POLL_SECONDS, _LATE_POLL_SECONDS, _LATE_SECONDS = 0.005, 0.001, 0.5
+
+#: While others get the lock in turn, it is waited for this many times as long as a stuck one.
+_MOST_WAITS = 5
 
 #: What torchcache 0.6 called the file of a value; so many names tell whose a directory is.
 _NAME_IN_0_6 = re.compile(r"-?\d+\.pt\.br")
@@ -74,7 +80,7 @@ class CacheDirectory:
         except OSError as error:
             if isinstance(error, StoreError):
                 raise
-            raise StoreError(f"{path} cannot be used as persistent_cache_dir: {error}", kind="directory") from error
+            raise StoreError(f"{path} cannot be used as persistent_cache_dir: {error}", kind=Fault.DIRECTORY) from error
 
     def check(self) -> None:
         """Check again whether the directory may be used.
@@ -91,15 +97,16 @@ class CacheDirectory:
         """Hold the directory's lock; nobody else changes anything under it meanwhile.
 
         Raises:
-            StoreError: If it was not free within ``timeout_seconds``, cannot be locked, or is only to be read.
+            StoreError: If it stayed with one process for ``timeout_seconds``, or with others for five times that;
+                if it cannot be locked, or the directory is only to be read.
             TurnCancelledError: If ``cancel`` said so while waiting.
         """
         if self.access.is_read_only:
-            raise StoreError(f"{self.path} is only read", kind="read_only")
-        deadline = time.monotonic() + timeout_seconds
+            raise StoreError(f"{self.path} is only read", kind=Fault.READ_ONLY)
+        wait = _Wait(self.path, timeout_seconds, cancel)
         mine = self._mine.raw
         while not mine.acquire(timeout=0.05):
-            self._check_wait(deadline, cancel)
+            wait.check()
         try:
             if self._before_turn is not None:
                 self._before_turn()
@@ -111,34 +118,30 @@ class CacheDirectory:
                 is_singleton=False,
                 fallback_to_soft=False,
             )
-            self._acquire(lock, deadline, cancel)
+            self._acquire(lock, wait)
             try:
+                with contextlib.suppress(OSError):
+                    os.utime(self.path)  # shows those who wait that the lock is not stuck
                 yield
             finally:
                 lock.release()
         finally:
             mine.release()
 
-    def _acquire(self, lock: FileLock, deadline: float, cancel: Callable[[], bool] | None) -> None:
+    def _acquire(self, lock: FileLock, wait: _Wait) -> None:
         while True:
             try:
-                lock.acquire(timeout=0.05, poll_interval=_POLL_SECONDS)
+                lock.acquire(timeout=0.05, poll_interval=wait.poll_seconds())
             except Timeout:
-                self._check_wait(deadline, cancel)
+                wait.check()
             except OSError as error:
                 raise StoreError(
                     f"{self.path / LOCK_NAME} cannot be locked: {error}; if another user made it for a private cache, "
                     "name another directory, or let its owner remove it",
-                    kind="lock",
+                    kind=Fault.LOCK,
                 ) from error
             else:
                 return
-
-    def _check_wait(self, deadline: float, cancel: Callable[[], bool] | None) -> None:
-        if cancel is not None and cancel():
-            raise TurnCancelledError
-        if time.monotonic() > deadline:
-            raise StoreError(f"the lock of {self.path} stayed with another process", kind="lock_timeout")
 
     def measure(self) -> int:
         """Count the bytes of everything under the directory, itself included."""
@@ -189,7 +192,7 @@ class CacheDirectory:
             raise StoreError(
                 f"{self.path / name} was not made by torchcache and is left alone; choose another "
                 "persistent_cache_dir or persistent_module_hash",
-                kind="foreign",
+                kind=Fault.FOREIGN,
             )
 
     def set_aside(self, name: str, suffix: str) -> None:
@@ -213,6 +216,41 @@ class CacheDirectory:
         """Remove what a killed process left of a removal; the turn is held."""
         for entry in self.path.glob(f"{TRASH_PREFIX}*"):
             shutil.rmtree(entry, ignore_errors=True)
+
+
+class _Wait:
+    """One wait for the turn: a lock that others get in turn is waited for longer than one that is stuck."""
+
+    def __init__(self, path: Path, timeout_seconds: float, cancel: Callable[[], bool] | None) -> None:
+        self._path = path
+        self._timeout_seconds = timeout_seconds
+        self._cancel = cancel
+        self._begun = time.monotonic()
+        self._deadline = self._begun + timeout_seconds
+        self._seen = self._latest_turn()
+
+    def poll_seconds(self) -> float:
+        """Return how long to pause between two tries."""
+        return _POLL_SECONDS if time.monotonic() - self._begun < _LATE_SECONDS else _LATE_POLL_SECONDS
+
+    def check(self) -> None:
+        """Go on waiting, or raise."""
+        if self._cancel is not None and self._cancel():
+            raise TurnCancelledError
+        now = time.monotonic()
+        if now <= self._deadline:
+            return
+        latest = self._latest_turn()
+        if latest == self._seen or now - self._begun > _MOST_WAITS * self._timeout_seconds:
+            raise StoreError(f"the lock of {self._path} stayed with another process", kind=Fault.LOCK_TIMEOUT)
+        self._seen, self._deadline = latest, now + self._timeout_seconds
+
+    def _latest_turn(self) -> int:
+        """Return when somebody got the turn last, in nanoseconds; 0 if the directory is gone."""
+        try:
+            return os.stat(self._path).st_mtime_ns
+        except OSError:
+            return 0
 
 
 def _holds_files_of_0_6(path: Path) -> bool:

@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 from torchcache.errors import StoreError
+from torchcache.kinds import Fault
 
 #: Types as in /proc/self/mountinfo; "fuse.*" with any subtype is refused as well. "autofs" is what is still not
 #: mounted after it was asked for: what will be there cannot be known.
@@ -71,7 +72,7 @@ def check_file_system(path: Path) -> None:
             f"{path} lies on a file system of the network, of FUSE or of a virtual machine's host ({kind}), where "
             f"LMDB does not work; set persistent_cache_dir to a disk of this machine{_alternative()}. Until then "
             "nothing is kept on disk",
-            kind="file_system",
+            kind=Fault.FILE_SYSTEM,
         )
 
 

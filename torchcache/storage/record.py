@@ -26,37 +26,33 @@ from __future__ import annotations
 
 import math
 import struct
-import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import compress
 
 import msgpack
 import numpy as np
-import zstandard
 from numpy.typing import NDArray
 from xxhash import xxh3_64_digest
 
 from torchcache.errors import CorruptRecordError
-from torchcache.layout import DTYPE_SIZES, MAX_LEAVES, Bytes2D, Found, Layout, Leaf, Rows, empty_rows
-
-FORMAT_VERSION = 1
-RAW, ZSTD = 0, 1
+from torchcache.kinds import Drop
+from torchcache.layout import DTYPE_SIZES, FORMAT_VERSION, MAX_LEAVES, Bytes2D, Found, Layout, Leaf, Rows
+from torchcache.storage.payloads import RAW, ZSTD, compress_row, copy_out
 
 #: A value larger than this is not stored; it bounds what a damaged or hostile record can claim.
 MAX_VALUE_BYTES = 2**31
 MAX_HEADER_BYTES = 65536
 MAX_DIMENSIONS = 64
 
-#: A zstd frame has to save at least a twentieth, or the value is stored raw.
-_WORTHWHILE = 0.95
-
 _CHECKSUM_BYTES = 8
 _PREFIX = bytes([0x97, FORMAT_VERSION, 0xC4, _CHECKSUM_BYTES])
 _CHECKSUM = slice(len(_PREFIX), len(_PREFIX) + _CHECKSUM_BYTES)
 _CHECKED_FROM = _CHECKSUM.stop
-_DIGEST_MARK = bytes([0xC4, 16])
-_DIGEST = slice(_CHECKED_FROM + 2, _CHECKED_FROM + 18)
+_DIGEST_BYTES = 16
+_DIGEST_MARK = bytes([0xC4, _DIGEST_BYTES])
+_DIGEST = slice(_CHECKED_FROM + 2, _CHECKED_FROM + 2 + _DIGEST_BYTES)
 _CODEC = _DIGEST.stop
 _SIZE = slice(_CODEC + 1, _CODEC + 6)
 _SIZE_MARK = 0xCE
@@ -68,7 +64,8 @@ _ROW_DIMENSIONS = (None, 3, 4)
 _DTYPE_NAMES = tuple(DTYPE_SIZES)
 _DTYPE_CODES = {name: code for code, name in enumerate(_DTYPE_NAMES)}
 
-_local = threading.local()
+#: What msgpack raises for bytes that it cannot read.
+UNREADABLE = (ValueError, msgpack.exceptions.UnpackException)
 
 
 def pack_rows(namespace: bytes, rows: Rows, zstd_level: int | None) -> list[bytes]:
@@ -81,28 +78,30 @@ def pack_rows(namespace: bytes, rows: Rows, zstd_level: int | None) -> list[byte
     """
     seed = seed_of(namespace)
     described = _describe(rows.layout)
-    records = []
+    records: list[bytes] = []
     for digest, row in zip(rows.digests, rows.data, strict=True):
-        codec, payload = _compress(memoryview(row), zstd_level)
-        checked = b"".join(
-            [_DIGEST_MARK, digest, struct.pack(">BBI", codec, _SIZE_MARK, len(payload)), described, payload]
-        )
-        records.append(b"".join([_PREFIX, xxh3_64_digest(checked, seed), checked]))
+        codec, payload = compress_row(memoryview(row), zstd_level)
+        fixed = struct.pack(">BBI", codec, _SIZE_MARK, len(payload))
+        checked = b"".join([_DIGEST_MARK, digest, fixed, described, payload])
+        checksum = xxh3_64_digest(checked, seed)
+        records.append(b"".join([_PREFIX, checksum, checked]))
     return records
 
 
 @lru_cache(maxsize=256)
-def refusal_of(layout: Layout) -> str | None:
-    """Say why values of a layout cannot be records, as the reason of a dropped row; None if they can."""
+def refusal_of(layout: Layout) -> Drop | None:
+    """Say why values of a layout cannot be records; None if they can."""
     if layout.nbytes > MAX_VALUE_BYTES:
-        return "too_large"
+        return Drop.TOO_LARGE
     try:
         described = _describe(layout)
+        if _LAYOUT_FROM + len(described) > MAX_HEADER_BYTES:
+            return Drop.TOO_LARGE_TO_DESCRIBE
         # By reading it: what is written and what is believed cannot drift apart.
-        is_readable = _LAYOUT_FROM + len(described) <= MAX_HEADER_BYTES and _parse_layout(described)[0] == layout
+        as_read, _ = _parse_layout(described)
     except (KeyError, OverflowError, CorruptRecordError):
-        is_readable = False
-    return None if is_readable else "too_large_to_describe"
+        return Drop.TOO_LARGE_TO_DESCRIBE
+    return None if as_read == layout else Drop.TOO_LARGE_TO_DESCRIBE
 
 
 def unpack_many(
@@ -119,56 +118,83 @@ def unpack_many(
         The values, one item a layout; the positions of those missing or damaged; how many were damaged.
     """
     seed = seed_of(namespace)
-    if len(records) == 1:
-        return _unpack_one(seed, digests[0], records[0])
-    sound: dict[Layout, list[tuple[list[int], Bytes2D]]] = {}
-    missing: list[int] = []
+    if len(records) == 1:  # without the bookkeeping below, which costs more than such a row
+        if records[0] is None:
+            return [], [0], 0
+        lone, _ = _unpack_alike(seed, digests, records, [0])
+        if lone is None:
+            return [], [0], 1
+        return [lone], [], 0
+
+    # Records with one header have one length, so only those of one length are compared.
     by_length: dict[int, list[int]] = {}
+    absent: list[int] = []
     for position, record in enumerate(records):
         if record is None:
-            missing.append(position)
+            absent.append(position)
         else:
             by_length.setdefault(len(record), []).append(position)
-    absent = len(missing)
+
+    by_layout: dict[Layout, list[Found]] = {}
+    damaged: set[int] = set()
     for positions in by_length.values():
-        while positions:
-            # The first record leads: those with its header are checked and copied in bulk.
-            leader = records[positions[0]]
-            assert leader is not None
-            try:
-                header = _read_header(leader, seed, digests[positions[0]])
-            except CorruptRecordError:
-                missing.append(positions.pop(0))
-                continue
-            if len(positions) == 1:
-                data, bad = _copy_out([leader], header)
-                if bad:
-                    missing += positions
-                else:
-                    sound.setdefault(header.layout, []).append((positions, data))
-                break
-            views = [leader if p == positions[0] else records[p] for p in positions]
-            alike, is_sound = _check_bulk(views, header, seed, [digests[p] for p in positions])  # type: ignore[arg-type]
-            good = [i for i, fine in enumerate(is_sound.tolist()) if fine]
-            data, bad = _copy_out([views[i] for i in good], header)  # type: ignore[misc]
-            kept = [positions[i] for k, i in enumerate(good) if k not in bad]
-            if kept:
-                sound.setdefault(header.layout, []).append((kept, data))
-            missing += set(np.array(positions)[alike].tolist()) - set(kept)
-            positions[:] = np.array(positions)[~alike].tolist()
-    return [_join(layout, parts) for layout, parts in sound.items()], sorted(missing), len(missing) - absent
+        left = positions
+        while left:
+            damaged.update(left)
+            part, left = _unpack_alike(seed, digests, records, left)
+            damaged.difference_update(left)
+            if part is not None:
+                damaged.difference_update(part.positions)
+                by_layout.setdefault(part.layout, []).append(part)
+    found = [_join(layout, parts) for layout, parts in by_layout.items()]
+    return found, sorted([*absent, *damaged]), len(damaged)
 
 
-def _unpack_one(seed: int, digest: bytes, record: memoryview | None) -> tuple[list[Found], list[int], int]:
-    """Do what ``unpack_many`` says for one record, without its bookkeeping."""
-    if record is None:
-        return [], [0], 0
+def _unpack_alike(
+    seed: int, digests: Sequence[bytes], records: Sequence[memoryview | None], positions: list[int]
+) -> tuple[Found | None, list[int]]:
+    """Check and copy the first of some records of one length, and in bulk those that have its header.
+
+    Args:
+        seed: The namespace's.
+        digests: What each record must be of.
+        records: The records of a lookup.
+        positions: Of those to look at, one at least.
+
+    Returns:
+        The values of those that are sound, None if there are none; and the positions of those with another header. All
+        others are damaged.
+    """
+    first = positions[0]
+    leader = _there(records[first])
     try:
-        header = _read_header(record, seed, digest)
+        header = _read_header(leader, seed, digests[first])
     except CorruptRecordError:
-        return [], [0], 1
-    data, bad = _copy_out([record], header)
-    return ([], [0], 1) if bad else ([Found([0], header.layout, data)], [], 0)
+        return None, positions[1:]
+
+    views = [leader]
+    sound = positions
+    others: list[int] = []
+    if len(positions) > 1:
+        views = [_there(records[position]) for position in positions]
+        wanted = [digests[position] for position in positions]
+        are_alike, are_sound = _check_bulk(views, header, seed, wanted)
+        numbers = np.array(positions)
+        sound = numbers[are_sound].tolist()
+        others = numbers[~are_alike].tolist()
+        views = list(compress(views, are_sound.tolist()))
+
+    data, bad = copy_out([view[header.payload_from :] for view in views], header.codec, header.layout.nbytes)
+    if bad:
+        sound = [position for i, position in enumerate(sound) if i not in bad]
+    if not sound:
+        return None, others
+    return Found(sound, header.layout, data), others
+
+
+def _there(record: memoryview | None) -> memoryview:
+    assert record is not None
+    return record
 
 
 def unpack(namespace: bytes, digest: bytes, record: bytes | memoryview) -> tuple[Layout, bytes]:
@@ -193,16 +219,26 @@ def length_of(record: bytes | memoryview) -> int | None:
 
     Used to walk the records of a segment; what is found is checked before it is believed.
     """
-    if len(record) < _LAYOUT_FROM or record[: len(_PREFIX)] != _PREFIX or record[_SIZE.start] != _SIZE_MARK:
+    if len(record) < _LAYOUT_FROM or record[: len(_PREFIX)] != _PREFIX:
+        return None
+    size = _stated_size(record)
+    if size is None:
         return None
     try:
         header = _unpacker(memoryview(record)[1:MAX_HEADER_BYTES])  # behind the array mark lie seven objects
         for _ in range(7):
             header.skip()
-    except (ValueError, msgpack.exceptions.UnpackException):
+    except UNREADABLE:
         return None
-    length = int(header.tell()) + int.from_bytes(record[_SIZE.start + 1 : _SIZE.stop], "big") + 1
+    length = 1 + int(header.tell()) + size
     return length if length <= len(record) else None
+
+
+def _stated_size(record: bytes | memoryview) -> int | None:
+    """Return how many bytes of payload a record says it has; None if it does not say that."""
+    if record[_SIZE.start] != _SIZE_MARK:
+        return None
+    return int.from_bytes(record[_SIZE.start + 1 : _SIZE.stop], "big")
 
 
 def seed_of(namespace: bytes) -> int:
@@ -215,23 +251,14 @@ def seed_of(namespace: bytes) -> int:
 
 @lru_cache(maxsize=256)
 def _describe(layout: Layout) -> bytes:
-    leaves = [
-        [_DTYPE_CODES[leaf.dtype], _DTYPE_CODES[leaf.output_dtype], leaf.memory_format, list(leaf.shape)]
-        for leaf in layout.leaves
-    ]
-    packed: bytes = msgpack.packb(layout.structure or None, use_bin_type=True) + msgpack.packb(leaves)
-    return packed
-
-
-def _compress(row: memoryview, level: int | None) -> tuple[int, bytes | memoryview]:
-    if level is None or not len(row):
-        return RAW, row
-    # One compressor a thread: shared ones crash. The content size lets the reader refuse a bomb.
-    if getattr(_local, "level", None) != level:
-        _local.level = level
-        _local.compressor = zstandard.ZstdCompressor(level=level, write_content_size=True)
-    frame: bytes = _local.compressor.compress(row)
-    return (ZSTD, frame) if len(frame) < _WORTHWHILE * len(row) else (RAW, row)
+    leaves: list[list[object]] = []
+    for leaf in layout.leaves:
+        dtype = _DTYPE_CODES[leaf.dtype]
+        output_dtype = _DTYPE_CODES[leaf.output_dtype]
+        leaves.append([dtype, output_dtype, leaf.memory_format, list(leaf.shape)])
+    structure: bytes = msgpack.packb(layout.structure or None, use_bin_type=True)
+    packed_leaves: bytes = msgpack.packb(leaves)
+    return structure + packed_leaves
 
 
 # -- reading ------------------------------------------------------------------------------------------------
@@ -260,17 +287,22 @@ def _check_bulk(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Tell which records of one length have the first one's header, and which of those are sound."""
     width = header.payload_from
-    heads = np.frombuffer(b"".join([record[:width] for record in records]), dtype=np.uint8).reshape(-1, width)
-    constant = np.ones(width, dtype=bool)
-    constant[_CHECKSUM] = constant[_DIGEST] = False
-    alike: NDArray[np.bool_] = (heads[:, constant] == heads[0, constant]).all(axis=1)
-    checksums = b"".join([xxh3_64_digest(record[_CHECKED_FROM:], seed) for record in records])
-    is_sound = (
-        alike
-        & (heads[:, _CHECKSUM] == np.frombuffer(checksums, dtype=np.uint8).reshape(-1, _CHECKSUM_BYTES)).all(axis=1)
-        & (heads[:, _DIGEST] == np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 16)).all(axis=1)
-    )
-    return alike, is_sound
+    heads = _byte_rows([record[:width] for record in records], width)
+    is_constant = np.ones(width, dtype=bool)
+    is_constant[_CHECKSUM] = False
+    is_constant[_DIGEST] = False
+    constant = heads[:, is_constant]
+    are_alike: NDArray[np.bool_] = (constant == constant[0]).all(axis=1)
+
+    checksums = [xxh3_64_digest(record[_CHECKED_FROM:], seed) for record in records]
+    have_checksum = (heads[:, _CHECKSUM] == _byte_rows(checksums, _CHECKSUM_BYTES)).all(axis=1)
+    have_digest = (heads[:, _DIGEST] == _byte_rows(digests, _DIGEST_BYTES)).all(axis=1)
+    return are_alike, are_alike & have_checksum & have_digest
+
+
+def _byte_rows(parts: Sequence[bytes | memoryview], width: int) -> Bytes2D:
+    """Return parts of ``width`` bytes as the rows of an array that is only read."""
+    return np.frombuffer(b"".join(parts), dtype=np.uint8).reshape(-1, width)
 
 
 def _unpacker(view: memoryview | bytes) -> msgpack.Unpacker:
@@ -300,35 +332,47 @@ def _read_header(record: memoryview, seed: int, digest: bytes) -> _Header:
     layout, payload_from = _read_layout(record)
     size = len(record) - payload_from
     codec = record[_CODEC]
-    if record[_SIZE.start] != _SIZE_MARK or int.from_bytes(record[_SIZE.start + 1 : _SIZE.stop], "big") != size:
-        raise CorruptRecordError("the stored size is not the record's")
-    if codec not in (RAW, ZSTD) or (size != layout.nbytes if codec == RAW else not layout.nbytes):
+    is_raw = codec == RAW and size == layout.nbytes
+    is_compressed = codec == ZSTD and layout.nbytes > 0
+    if not is_raw and not is_compressed:
         raise CorruptRecordError("the payload's size is not its shape's, or the codec is not known")
     return _Header(layout, codec, payload_from)
 
 
 def _read_layout(record: memoryview) -> tuple[Layout, int]:
-    """Return the layout of a record whose checksum holds, and where its payload begins."""
-    global _last_layout  # noqa: PLW0603 - rows of one store mostly share a layout; one slot saves 5 us a call
-    described, layout = _last_layout
-    end = _LAYOUT_FROM + len(described)
-    if layout is not None and record[_LAYOUT_FROM:end] == described:
-        return layout, end
-    layout, size = _parse_layout(record[_LAYOUT_FROM:])
-    end = _LAYOUT_FROM + size
-    _last_layout = bytes(record[_LAYOUT_FROM:end]), layout
+    """Return the layout of a record whose checksum holds, and where its payload begins.
+
+    Raises:
+        CorruptRecordError: If what lies before the payload, of which the record states the size, describes none.
+    """
+    size = _stated_size(record)
+    if size is None or len(record) - size <= _LAYOUT_FROM:
+        raise CorruptRecordError("the stored size is not the record's")
+    end = len(record) - size
+    described = bytes(record[_LAYOUT_FROM:end])
+    layout = _layouts.get(described)
+    if layout is None:
+        layout, length = _parse_layout(described)
+        if length != len(described):
+            raise CorruptRecordError("the stored size is not the record's")
+        if len(_layouts) >= _MOST_LAYOUTS:
+            _layouts.clear()
+        _layouts[described] = layout
     return layout, end
 
 
-_last_layout: tuple[bytes, Layout | None] = (b"", None)
+#: Layouts that were read, by what describes them: reading one costs 5 us, and rows of one store share a few.
+_layouts: dict[bytes, Layout] = {}
+_MOST_LAYOUTS = 1024
 
 
 def _parse_layout(described: bytes | memoryview) -> tuple[Layout, int]:
     """Return the layout that bytes begin with, and how many of them describe it."""
     unpacker = _unpacker(described)
     try:
-        structure, leaves = unpacker.unpack(), unpacker.unpack()
-    except (ValueError, msgpack.exceptions.UnpackException) as error:
+        structure = unpacker.unpack()
+        leaves = unpacker.unpack()
+    except UNREADABLE as error:
         raise CorruptRecordError("the header cannot be read") from error
     return _checked_layout(structure, leaves), int(unpacker.tell())
 
@@ -336,7 +380,8 @@ def _parse_layout(described: bytes | memoryview) -> tuple[Layout, int]:
 def _checked_layout(structure: object, leaves: object) -> Layout:
     if not isinstance(structure, (bytes, type(None))) or not isinstance(leaves, list) or not leaves:
         raise CorruptRecordError("the header does not describe a value")
-    layout = Layout(tuple(_checked_leaf(leaf) for leaf in leaves), structure or b"")
+    checked = tuple(_checked_leaf(leaf) for leaf in leaves)
+    layout = Layout(checked, structure or b"")
     if layout.nbytes > MAX_VALUE_BYTES:
         raise CorruptRecordError("the header claims more bytes than a value may have")
     return layout
@@ -365,56 +410,8 @@ def _all_in(values: Sequence[object], allowed: range) -> bool:
     return all(type(value) is int and value in allowed for value in values)
 
 
-def _copy_out(records: Sequence[memoryview], header: _Header) -> tuple[Bytes2D, list[int]]:
-    """Copy the payloads of sound records into memory of their own; also say which could not be decoded."""
-    nbytes, start = header.layout.nbytes, header.payload_from
-    bad: list[int] = []
-    if header.codec == ZSTD:
-        # Before anything is allocated: a hostile frame of 60 bytes may claim 2 GiB.
-        bad = [i for i, record in enumerate(records) if not _is_plausible(record[start:], nbytes)]
-    try:
-        data = empty_rows(len(records) if len(bad) < len(records) else 0, nbytes)
-    except MemoryError:
-        return empty_rows(0, nbytes), list(range(len(records)))
-    if not data.size:
-        return data, bad
-    flat = data.data.cast("B")
-    for i, record in enumerate(records):
-        row = slice(i * nbytes, (i + 1) * nbytes)
-        if header.codec == RAW:
-            flat[row] = record[start:]
-        elif i not in bad:
-            try:
-                flat[row] = _decompress(record[start:], nbytes)
-            except CorruptRecordError:
-                bad.append(i)
-    return (np.delete(data, bad, axis=0) if bad else data), bad
-
-
-def _is_plausible(frame: memoryview, nbytes: int) -> bool:
-    """Tell whether a frame says it holds ``nbytes``, and could: 4 bytes make 128 KiB at most."""
-    try:
-        stated = zstandard.frame_content_size(frame)
-    except zstandard.ZstdError:
-        return False
-    return stated == nbytes and nbytes <= len(frame) << 15
-
-
-def _decompress(frame: memoryview, nbytes: int) -> bytes:
-    """Decompress a frame whose stated size was compared: max_output_size is ignored when there is one."""
-    if not hasattr(_local, "decompressor"):
-        _local.decompressor = zstandard.ZstdDecompressor()
-    try:
-        plain: bytes = _local.decompressor.decompress(frame, max_output_size=nbytes, allow_extra_data=False)
-    except (zstandard.ZstdError, MemoryError, ValueError) as error:
-        raise CorruptRecordError("the frame cannot be decompressed") from error
-    if len(plain) != nbytes:
-        raise CorruptRecordError("the frame is shorter than it says")
-    return plain
-
-
-def _join(layout: Layout, parts: list[tuple[list[int], Bytes2D]]) -> Found:
+def _join(layout: Layout, parts: list[Found]) -> Found:
     if len(parts) == 1:
-        return Found(parts[0][0], layout, parts[0][1])
-    positions = [position for some, _ in parts for position in some]
-    return Found(positions, layout, np.concatenate([data for _, data in parts]))
+        return parts[0]
+    positions = [position for part in parts for position in part.positions]
+    return Found(positions, layout, np.concatenate([part.data for part in parts]))

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import multiprocessing
 import os
 import shutil
 import stat
@@ -29,8 +28,9 @@ from collections.abc import Callable
 from multiprocessing import util as multiprocessing_util
 from pathlib import Path
 
-from torchcache import process
+from torchcache import process, starters
 from torchcache.errors import StoreError
+from torchcache.kinds import Fault
 from torchcache.storage.access import PRIVATE
 
 _PREFIX = "torchcache-tmp-"
@@ -105,13 +105,13 @@ class _Use:
             except StoreError:
                 raise
             except OSError as error:
-                raise StoreError(f"no temporary directory can be made: {error}", kind="directory") from error
+                raise StoreError(f"no temporary directory can be made: {error}", kind=Fault.DIRECTORY) from error
             return self._path
 
     def _reserve(self) -> None:
-        key = _current_key()
+        key = starters.program_key()
         # A worker's key is its starter's word: a fork server has one of its own, which its children inherit.
-        if not self._key or (process.is_child() and key != self._seen_key):
+        if not self._key or (starters.is_child() and key != self._seen_key):
             self._key = self._seen_key = key
             self._path = None
         if not self._is_reserved:
@@ -124,11 +124,12 @@ class _Use:
             return
         try:
             self._close()
-            if process.is_child():
+            if starters.is_child():
                 return
             with contextlib.suppress(OSError):  # there may be no directory for temporary files at all
-                # Workers that were started after the key was changed have used the second.
-                for path in {self._path or _path_of(self._key), _path_of(_current_key())}:
+                # Workers that were started after the key was changed, or by another library, have used another one.
+                others = {_path_of(key) for key in starters.keys_of_children()}
+                for path in {self._path or _path_of(self._key), *others}:
                     _remove_own(path)
         finally:
             self._mine.raw.release()
@@ -161,16 +162,12 @@ class _Use:
             os.close(inherited)
         if self._is_reserved:
             self._is_reserved = False
-            self._seen_key = _current_key()
+            self._seen_key = starters.program_key()
             self._reserve()
 
 
 _use = _Use()
 process.listen_to_forks(_use)
-
-
-def _current_key() -> bytes:
-    return bytes(multiprocessing.current_process().authkey)
 
 
 def _path_of(key: bytes) -> Path:
@@ -189,7 +186,7 @@ def _join(path: Path) -> int:
             continue  # somebody has just removed it
         try:
             if _lock_shared(descriptor, path):
-                if process.is_child():
+                if starters.is_child():
                     os.utime(descriptor)
                 else:  # from now on the lock alone says whether the program lives
                     os.truncate(descriptor, 1)
@@ -199,7 +196,7 @@ def _join(path: Path) -> int:
             raise
         os.close(descriptor)
         time.sleep(0.01)  # somebody is removing it
-    raise StoreError(f"{path} is removed again and again", kind="directory")
+    raise StoreError(f"{path} is removed again and again", kind=Fault.DIRECTORY)
 
 
 def _try_to_lock(path: Path) -> int | None:

@@ -12,31 +12,35 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from torchcache import process
+from torchcache import exits, process
 from torchcache.errors import StoreError
+from torchcache.kinds import Drop
 from torchcache.layout import Found, Layout, Rows, empty_rows
+from torchcache.storage.backlogs import Backlog
 from torchcache.storage.budget import MOST_COMMIT_ROWS
 from torchcache.storage.contract import Packed, Written
 from torchcache.storage.directory import TurnCancelledError
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS = 1.0
-#: How often who waits for the thread looks whether there is one.
+
+#: How often whoever waits for the thread looks whether there is one.
 _LOOK_SECONDS = 0.25
+
+#: At most this many jobs make one commit.
 _MOST_JOBS = 64
+
 #: Tasks are small and rare; more than this many wait only if a store is stuck.
 _MOST_TASKS = 1024
 
-#: Bounds of the queue and of the wait at the end of the program; a worker has less of both, since torch
-#: gives it five seconds to end.
+#: Bounds of the queue; a worker has less, which it can commit in the time that torch gives it to end.
 DEFAULT_QUEUE_BYTES, WORKER_QUEUE_BYTES = int(64e6), int(16e6)
-DEFAULT_FLUSH_SECONDS, WORKER_FLUSH_SECONDS = 10.0, 4.0
 
 
 #: A change of a store that gets a function to ask whether to give up (``TurnCancelledError``); it is run
@@ -51,7 +55,7 @@ class WritableStore(Protocol):
     def path(self) -> Path: ...
     @property
     def most_commit_bytes(self) -> int: ...
-    def shortage(self) -> str | None: ...
+    def shortage(self) -> Drop | None: ...
     def pack(self, namespace: bytes, rows: Rows) -> Packed: ...
     def put_many(self, packed: Sequence[Packed], cancel: Callable[[], bool] | None = None) -> Written: ...
 
@@ -108,7 +112,7 @@ class Writer:
         self._thread: threading.Thread | None = None  # guarded by _mutex
         self._is_parked = False  # guarded by _mutex
         self._is_ended = False  # guarded by _mutex
-        self.flush_seconds = 0.0  # the longest that a caller asked for
+        self._backlog = Backlog()  # guarded by _mutex
         process.listen_to_forks(self)
 
     # -- callers' side ------------------------------------------------------------------------------------------
@@ -122,7 +126,7 @@ class Writer:
         *,
         queue_bytes: int,
         timeout_seconds: float,
-        flush_seconds: float,
+        flush_seconds: float | None = None,
         replaces: bool = False,
     ) -> bool:
         """Accept rows for the store; they must not change afterwards.
@@ -134,10 +138,10 @@ class Writer:
             store: Where they go.
             observer: Told what became of them.
             namespace: Of all of them.
-            rows: Them.
+            rows: The rows.
             queue_bytes: Bound of the queue.
             timeout_seconds: How long to wait for room in it.
-            flush_seconds: How long the end of the program may wait for it.
+            flush_seconds: How long the end of the program may wait for it; None for the default.
             replaces: Whether they take the place of what is in the store or in the queue.
 
         Returns:
@@ -158,17 +162,20 @@ class Writer:
                 self._changed.wait(min(left, _LOOK_SECONDS))
             if self._is_ended:
                 return False
-            self.flush_seconds = max(self.flush_seconds, flush_seconds)
             self._waiting.append(job)
             self._bytes += job.nbytes
+            self._backlog.wait.add(flush_seconds)
+            self._backlog.accept(job.n)
             for i, digest in enumerate(rows.digests):
                 self._pending[store.path, namespace + digest] = (rows, i)
             self._start()
             self._changed.notify_all()
-        process.at_exit(self.end)
+        exits.at_exit(self.end)
         return True
 
-    def do(self, store: WritableStore, observer: WriteObserver, task: Task, *, flush_seconds: float = 0.0) -> bool:
+    def do(
+        self, store: WritableStore, observer: WriteObserver, task: Task, *, flush_seconds: float | None = None
+    ) -> bool:
         """Run a task on the writer's thread, after the rows accepted before it and before those after it.
 
         Never waits. The task changes the store and nothing else: no user code, no wait without a bound.
@@ -177,7 +184,7 @@ class Writer:
             store: The one it changes.
             observer: Told if the task raises.
             task: What to run; see ``Task``.
-            flush_seconds: How long the end of the program may wait for it, if no rows ask for longer.
+            flush_seconds: How long the end of the program may wait for it; None for the default.
 
         Returns:
             Whether it was accepted: a task that finds too many waiting is dropped.
@@ -185,12 +192,13 @@ class Writer:
         with self._mutex:
             if self._is_ended or self._tasks >= _MOST_TASKS:
                 return False
-            self.flush_seconds = max(self.flush_seconds, flush_seconds)
             self._waiting.append(_Job(store, observer, task=task))
             self._tasks += 1
+            self._backlog.wait.add(flush_seconds)
+            self._backlog.accept(0)
             self._start()
             self._changed.notify_all()
-        process.at_exit(self.end)
+        exits.at_exit(self.end)
         return True
 
     def forget(self, store: WritableStore, namespace: bytes, digests: Sequence[bytes] | None = None) -> None:
@@ -235,9 +243,11 @@ class Writer:
         found = []
         for layout, places in by_layout.items():
             data = empty_rows(len(places), layout.nbytes)
-            for row, (_, rows, i) in zip(data, places, strict=True):
-                row[:] = rows.data[i]
-            found.append(Found([position for position, _, _ in places], layout, data))
+            positions: list[int] = []
+            for out, (position, rows, i) in zip(data, places, strict=True):
+                out[:] = rows.data[i]
+                positions.append(position)
+            found.append(Found(positions, layout, data))
         return found, missing
 
     def queued(self, store: WritableStore) -> tuple[int, int]:
@@ -245,6 +255,10 @@ class Writer:
         with self._mutex:
             jobs = [job for job in (*self._waiting, *self._under_way) if job.store is store]
             return sum(job.n for job in jobs), sum(job.nbytes for job in jobs)
+
+    def flush_seconds(self) -> float:
+        """Return the longest that a caller let the end of the program wait; 0 if nothing was accepted."""
+        return self._backlog.wait.seconds()
 
     def flush(self, timeout_seconds: float, store: WritableStore | None = None) -> bool:
         """Wait until everything accepted so far is committed or dropped; return whether it is.
@@ -275,13 +289,13 @@ class Writer:
 
     def end(self) -> None:
         """Commit what is accepted, within the flush timeout; accept nothing more. Says what was lost."""
-        deadline = time.monotonic() + self.flush_seconds
-        self.flush(self.flush_seconds)
+        flush_seconds = self.flush_seconds()
+        deadline = time.monotonic() + flush_seconds
+        self.flush(flush_seconds)
         with self._mutex:
             self._is_ended = True
             lost = sum(job.n for job in self._waiting)
-            for job in self._waiting:
-                self._settle(job)
+            self._settle(self._waiting)
             self._waiting.clear()
             self._changed.notify_all()
             # Another thread may have gone on writing: its last commit must not meet the removal of a
@@ -291,7 +305,7 @@ class Writer:
         if lost:
             logger.warning(
                 "%d rows were not committed within flush_timeout_seconds=%g at the end of the program and "
-                "are lost; they will be computed again", lost, self.flush_seconds,
+                "are lost; they will be computed again", lost, flush_seconds,
             )  # fmt: skip
 
     # -- forks --------------------------------------------------------------------------------------------------
@@ -313,21 +327,23 @@ class Writer:
         pass
 
     def after_fork_in_parent(self) -> None:
-        # The thread starts again with the next call: started here, it would make os.fork() warn.
         with self._mutex:
             self._is_parked = False
+            # Else it starts with the next call, which may not come for long.
+            if process.lets_threads_start():
+                self._resume()
 
     def after_fork_in_child(self) -> None:
         self._mutex = threading.RLock()
         self._changed = threading.Condition(self._mutex)
         self._waiting, self._under_way, self._bytes, self._tasks = deque(), [], 0, 0
         self._thread, self._is_parked, self._is_ended = None, False, False
-        self.flush_seconds = 0.0
+        self._backlog.renew()
 
     # -- the thread's side --------------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        """Start the thread if there is none; the lock is held."""
+        """Start the thread if there is none. Requires ``_mutex``."""
         if self._thread is not None or self._is_parked:
             return
         thread = threading.Thread(target=self._run, name="torchcache-writer", daemon=True)
@@ -373,8 +389,7 @@ class Writer:
                     if not done:
                         self._waiting.extendleft(reversed(batch))
                     self._under_way = []
-                    for job in done:
-                        self._settle(job)
+                    self._settle(done)
                     self._changed.notify_all()
 
     def _take_batch(self) -> list[_Job]:
@@ -391,29 +406,27 @@ class Writer:
         return batch
 
     def _commit(self, batch: list[_Job]) -> None:
-        store, observer = batch[0].store, batch[0].observer
+        """Run a task, or pack and commit rows of one store; the observer is told what became of it.
+
+        Raises:
+            TurnCancelledError: If a fork is about to happen: all of it is to be done again.
+            BaseException: What is no ``Exception``; it costs these rows as well.
+        """
+        store, observer, task = batch[0].store, batch[0].observer, batch[0].task
         left = sum(job.n for job in batch)
         try:
+            if task is not None:
+                task(self._cancels)
+                return
+
             is_replacing = any(job.replaces for job in batch)  # what is there goes, room or not
             shortage = store.shortage() if left and not is_replacing else None
             if shortage:
                 observer.on_written(Written(dropped={shortage: left}))
                 return
-            packed: list[Packed] = []
-            for job in batch:
-                if job.task is not None:
-                    job.task(self._cancels)
-                if job.rows is None:
-                    continue
-                for part in _parts(job.rows, store.most_commit_bytes):
-                    if packed and job.packed_bytes > store.most_commit_bytes:  # one large job: packed in parts
-                        observer.on_written(store.put_many(packed, self._cancels))
-                        left -= sum(len(item.digests) + sum(item.dropped.values()) for item in packed)
-                        packed = []
-                    item = store.pack(job.namespace, part)
-                    packed.append(replace(item, replaces=part.digests) if job.replaces else item)
-            if packed:
+            for packed in _commits_of(batch, store):
                 observer.on_written(store.put_many(packed, self._cancels))
+                left -= sum(len(item.digests) + sum(item.dropped.values()) for item in packed)
         except TurnCancelledError:
             raise
         except BaseException as error:  # whatever it is, it costs these rows
@@ -426,15 +439,35 @@ class Writer:
     def _cancels(self) -> bool:
         return self._is_parked
 
-    def _settle(self, job: _Job) -> None:
-        """Take a job that is done with out of the books; the lock is held."""
-        self._bytes -= job.nbytes
-        self._tasks -= job.task is not None
-        if job.rows is not None:
+    def _settle(self, jobs: Collection[_Job]) -> None:
+        """Remove finished jobs from the counters. Requires ``_mutex``."""
+        for job in jobs:
+            self._bytes -= job.nbytes
+            self._tasks -= job.task is not None
+            if job.rows is None:
+                continue
             for digest in job.rows.digests:
                 place = self._pending.get((job.store.path, job.namespace + digest))
                 if place is not None and place[0] is job.rows:
                     del self._pending[job.store.path, job.namespace + digest]
+        self._backlog.settle(len(jobs), sum(job.n for job in jobs))
+
+
+def _commits_of(batch: Sequence[_Job], store: WritableStore) -> Iterator[list[Packed]]:
+    """Pack the rows of a batch; yield what goes into one commit. Packs no more before that is asked for."""
+    packed: list[Packed] = []
+    for job in batch:
+        if job.rows is None:
+            continue
+        is_large = job.packed_bytes > store.most_commit_bytes  # it is packed in parts
+        for part in _parts(job.rows, store.most_commit_bytes):
+            if packed and is_large:
+                yield packed
+                packed = []
+            item = store.pack(job.namespace, part)
+            packed.append(replace(item, replaces=part.digests) if job.replaces else item)
+    if packed:
+        yield packed
 
 
 def _packed_bytes(rows: Rows) -> int:
@@ -453,4 +486,4 @@ def _parts(rows: Rows, most_bytes: int) -> list[Rows]:
     ]
 
 
-writer = Writer()
+writer: Writer = Writer()

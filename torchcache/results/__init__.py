@@ -1,0 +1,1 @@
+"""What was returned, as rows, and back."""
