@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from torchcache.keys.origins import module_of
 from torchcache.results.values import is_image
 
 #: Containers in an argument are searched to this depth.
@@ -70,15 +71,16 @@ def _of_object(value: object) -> tuple[str, str] | None:
     if isinstance(value, np.generic):
         return "a NumPy scalar in a container", "{0}.item()"
     for base in type(value).__mro__:
-        name = base.__module__.partition(".")[0], base.__name__
+        name = module_of(base).partition(".")[0], base.__name__
         if name in _COLUMNS:
             dtype = getattr(value, "dtype", None)
             is_numeric = isinstance(dtype, np.dtype) and dtype.kind in _NUMBERS
             return f"a {base.__name__} of {name[0]}", "torch.tensor({0}.to_numpy())" if is_numeric else "{0}.to_list()"
         if name in _OTHERS:
             return f"a {base.__name__} of {name[0]}", _OTHERS[name]
-    if hasattr(type(value), "__dlpack__") and type(value).__module__.partition(".")[0] != "torch":
-        return f"an array of {type(value).__module__.partition('.')[0]}", "torch.from_dlpack({0})"
+    package = module_of(type(value)).partition(".")[0]
+    if hasattr(type(value), "__dlpack__") and package != "torch":
+        return f"an array of {package}", "torch.from_dlpack({0})"
     if isinstance(value, (Sequence, ValuesView, Iterator)) and not isinstance(value, _NO_BATCHES):
         return f"a {type(value).__qualname__}", "list({0})"
     return None

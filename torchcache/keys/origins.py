@@ -31,6 +31,9 @@ _BY_VALUE = "<dynamic-code>"
 #: Wrappers are opened so deep to find the function inside.
 _MOST_WRAPPERS = 8
 
+#: What Cython calls the classes of its functions.
+_OF_CYTHON = frozenset({"cython_function_or_method", "fused_cython_function"})
+
 
 def is_own_module(module: str | None) -> bool:
     """Tell whether a module is neither the standard library's nor an installed distribution's."""
@@ -115,7 +118,16 @@ def origin_of_module(module: str | None) -> str | None:
 
 def is_of_cython(value: object) -> bool:
     """Tell whether a value is a function that Cython compiled; its class is of a module that no distribution has."""
-    return type(value).__module__.startswith("_cython_")
+    return type(value).__name__ in _OF_CYTHON
+
+
+def module_of(kind: type) -> str:
+    """Name the module of a class; empty where its ``__module__`` is no text.
+
+    That of a class made in C may be what describes the attribute of its instances: so are Cython's in Python 3.10.
+    """
+    module: object = kind.__module__
+    return module if isinstance(module, str) else ""
 
 
 def _path_of(module: types.ModuleType) -> str:

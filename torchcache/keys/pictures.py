@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from torchcache.keys.attributes import attributes_of
+from torchcache.keys.origins import module_of
 
 #: Attributes that are told apart by what else is told of an image, or that change while it is read.
 _TOLD_ELSEWHERE = frozenset({
@@ -43,7 +44,7 @@ def _name_of(pair: tuple[str, object]) -> str:
 
 def _is_of_pil(image: Any, name: str) -> bool:  # noqa: ANN401 - as above
     """Tell whether the code of PIL sets an attribute: what it has by itself is different in each format."""
-    return any(name in _names_of(base) for base in type(image).__mro__ if base.__module__.startswith("PIL."))
+    return any(name in _names_of(base) for base in type(image).__mro__ if module_of(base).startswith("PIL."))
 
 
 def _names_of(cls: type) -> frozenset[str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from torchcache.keys.calls import Call, Uses, uses_of
 from torchcache.keys.changes import parts_of
 from torchcache.keys.operands import NONE, Operand, Operands
-from torchcache.keys.origins import STANDARD, origin_of_function
+from torchcache.keys.origins import STANDARD, is_of_cython, module_of, origin_of_function
 from torchcache.keys.places import MISSING
 from torchcache.keys.scope import Scope
 
@@ -221,7 +221,7 @@ def _making(value: object) -> str | None:
         name = _generator(type(value.__self__))
         if name is not None:
             return f"{name}.seed"
-    if isinstance(value, types.BuiltinFunctionType) or type(value).__name__ == "cython_function_or_method":
+    if isinstance(value, types.BuiltinFunctionType) or is_of_cython(value):
         module, name = str(getattr(value, "__module__", "")), str(getattr(value, "__name__", ""))
         return f"{_NUMPY}.{name}" if module.startswith(_NUMPY) and name in _OF_NUMPY else None
     return None
@@ -234,7 +234,7 @@ def _making_class(cls: type) -> str | None:
     if random.Random in cls.__mro__:
         return "random.Random"
     for base in cls.__mro__:
-        if base.__module__.startswith(_NUMPY) and base.__name__ in _OF_NUMPY:
+        if module_of(base).startswith(_NUMPY) and base.__name__ in _OF_NUMPY:
             return f"{_NUMPY}.{base.__name__}"
     return None
 
@@ -246,7 +246,7 @@ _WITHOUT_SEED = frozenset({"random.SystemRandom"})
 def _generator(cls: type) -> str | None:
     """Name a class of generators that have a method ``seed``; None for any other class."""
     for base in cls.__mro__:
-        name = f"{base.__module__}.{base.__name__}"
+        name = f"{module_of(base)}.{base.__name__}"
         if name in _GENERATORS:
             return _GENERATORS[name]
     return None

@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from torchcache.keys.origins import module_of
+
 
 def advice_on(value: object, path: str) -> str | None:
     """Say what a cached call is to return in place of a value that cannot be kept; None if there is no advice.
@@ -17,7 +19,7 @@ def advice_on(value: object, path: str) -> str | None:
         path: Where in its result, beginning with ``output``.
     """
     for base in type(value).__mro__:
-        package = base.__module__.partition(".")[0]
+        package = module_of(base).partition(".")[0]
         for where, ending, remedy in _REMEDIES:
             if package == where and base.__name__.endswith(ending):
                 return remedy.format(re.sub(r"\['(\w+)'\]", r".\1", path.removeprefix("output")))
