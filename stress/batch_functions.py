@@ -40,6 +40,8 @@ DEPENDENT: dict[str, Function] = {
     "mean beside a mask": lambda x: torch.cat([x - x.mean(0), torch.full((len(x), 1), -1e9)], 1),
     "second dimension": lambda x: x @ x.T,
     "sum": lambda x: x.cumsum(0),
+    "odd or even": lambda x: x * (1 + len(x) % 2),
+    "first rows": lambda x: x - x[:2].sum(0),
 }
 
 #: Makes a function for rows of a width, and the dtype they have.

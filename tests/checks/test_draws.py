@@ -64,6 +64,75 @@ class Samples(Dataset):
         return sample
 
 
+def _in_a_fork(x):
+    with torch.random.fork_rng():
+        return x + torch.randn(x.shape[1:])
+
+
+def _put_back_in_torch(x):
+    state = torch.get_rng_state()
+    noise = torch.rand(())
+    torch.set_rng_state(state)
+    return x * noise
+
+
+def _put_back_in_numpy(x):
+    state = np.random.get_state()
+    noise = np.random.rand()
+    np.random.set_state(state)
+    return x * noise
+
+
+def _put_back_in_python(x):
+    state = random.getstate()
+    noise = random.random()
+    random.setstate(state)
+    return x * noise
+
+
+@pytest.mark.parametrize("function", [_in_a_fork, _put_back_in_torch, _put_back_in_numpy, _put_back_in_python])
+@pytest.mark.parametrize("n", [2, 6])
+def test_who_draws_and_puts_the_generator_back_as_it_was_is_not_frozen(function, n):
+    cached = torchcache()(function)
+    x = torch.randn(n, 3)
+    for seed in (5, 6, 7, 6):
+        for generator in (torch.manual_seed, np.random.seed, random.seed):
+            generator(seed)
+        result = cached(x)
+        for generator in (torch.manual_seed, np.random.seed, random.seed):
+            generator(seed)
+        assert torch.equal(result, function(x))
+    assert cache_of(cached).stats().hits == 0
+    assert set(cache_of(cached).stats().bypasses) == {"random_numbers"}
+
+
+def test_a_check_of_rows_leaves_the_generators_of_everybody_as_they_were():
+    for generator in (torch.manual_seed, np.random.seed, random.seed):
+        generator(3)
+    expected = torch.rand(3).tolist(), np.random.standard_normal(3).tolist(), [random.gauss(0, 1) for _ in range(3)]
+    for generator in (torch.manual_seed, np.random.seed, random.seed):
+        generator(3)
+    numbers = torch.rand(1).tolist(), np.random.standard_normal(1).tolist(), [random.gauss(0, 1)]
+    torchcache()(lambda x: x * 2)(torch.randn(4, 3, generator=torch.Generator().manual_seed(1)))
+    numbers[0].extend(torch.rand(2).tolist())
+    numbers[1].extend(np.random.standard_normal(2).tolist())
+    numbers[2].extend(random.gauss(0, 1) for _ in range(2))
+    assert numbers == expected
+
+
+def test_who_seeds_the_generator_in_a_fork_hits():
+    def project(x):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return x @ torch.randn(3, 3)
+
+    cached = torchcache()(project)
+    x = torch.randn(6, 3)
+    for _ in range(2):
+        assert torch.equal(cached(x), project(x))
+    assert cache_of(cached).stats().hits == 6
+
+
 @pytest.mark.parametrize("kind", GENERATORS)
 @pytest.mark.parametrize("seed", [None, 3])
 def test_what_is_drawn_from_a_generator_in_the_state_is_never_frozen(kind, seed):

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
+import torch
 
 from torchcache.keys.fast.random_states import global_marks, state_mark
 from torchcache.keys.own_state import OwnState
@@ -13,9 +17,39 @@ from torchcache.keys.own_state import OwnState
 #: loop that draws until it likes the number.
 _REPLACED = 128
 
+#: A seed that nobody has.
+_OTHER_SEED = 0x7C3A91E5D
+
 #: Words of the state of a Mersenne Twister that come out as 0 and as 2**32 - 1: the inverse of the tempering of MT19937
 #: (Matsumoto and Nishimura, 1998).
 _LOWEST, _HIGHEST = 0, 0x12DD9BB3
+
+
+@contextmanager
+def other_numbers(which: int) -> Iterator[None]:
+    """Let the generators that everybody draws from give other numbers for a while; then they go on where they were.
+
+    So a call shows that it draws although it puts a generator back as it was, as under ``torch.random.fork_rng()``.
+
+    Args:
+        which: Which other numbers.
+    """
+    of_torch = [torch.default_generator]
+    if torch.cuda.is_initialized():
+        of_torch += torch.cuda.default_generators
+    states = [generator.get_state() for generator in of_torch]
+    of_python, of_numpy = random.getstate(), np.random.get_state(legacy=False)
+    try:
+        for generator in of_torch:
+            generator.manual_seed(_OTHER_SEED + which)
+        random.seed(_OTHER_SEED + which)
+        np.random.random_sample(1 + which)  # noqa: NPY002 - not every kind that it may be of can be seeded
+        yield
+    finally:
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
+        for generator, state in zip(of_torch, states, strict=True):
+            generator.set_state(state)
 
 
 class Draws:

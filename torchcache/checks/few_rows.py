@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 
 from torchcache.checks.distances import Distances, norm_of
-from torchcache.checks.draws import Draws
+from torchcache.checks.draws import Draws, other_numbers
 from torchcache.checks.parts import rows_at
 from torchcache.checks.plan import Output
 from torchcache.errors import CorruptRecordError
@@ -103,13 +104,12 @@ class FewRows:
         )
 
     def batches(self, n: int) -> Iterator[list[int]]:
-        """Yield batches to compute them in: of two sizes other than ``n``, one of them even."""
-        batch = self.order
-        for _ in range(_MOST_BATCHES):
-            if len(batch) == n:
-                batch = [*batch, batch[-1]]
-            yield batch
-            batch = [*batch, batch[-1]]
+        """Yield batches to compute them in: of two sizes other than ``n``, one of them even.
+
+        The first is odd if ``n`` is even, and even if it is odd: some code does something else for every other size.
+        """
+        for size in itertools.islice(_sizes(len(self.order), n), _MOST_BATCHES):
+            yield self.order + [self.order[-1]] * (size - len(self.order))
 
     @property
     def are_copies(self) -> bool:
@@ -125,6 +125,12 @@ class FewRows:
         """Return the rows of the sample that are of the same form as one, which may be none of them."""
         alike = [row.data for row in self.sample if row.layout == value.layout] or [value.data]
         return Found(range(len(alike)), value.layout, np.concatenate(alike))
+
+
+def _sizes(least: int, n: int) -> Iterator[int]:
+    """Yield sizes from ``least`` on, odd and even in turn, first one that is odd if ``n`` is even; ``n`` never."""
+    first = least + (least % 2 == n % 2)
+    return (size for size in itertools.count(first) if size != n)
 
 
 def _sample_of(computed: Sequence[Found]) -> list[Found]:
@@ -206,11 +212,13 @@ class SmallBatches:
             allowed: How far they may be apart.
         """
         talks_before = collectives_done()
-        draws = Draws([*self._identity.generators(), *call.batch.generators])
         for positions in few.batches(total):
             try:
-                parts = self._compute_few(call, positions, output.results)
-                if draws.are_there() or collectives_done() != talks_before or self._identity.has_moved(call.look):
+                with other_numbers(0):
+                    draws = Draws([*self._identity.generators(), *call.batch.generators])
+                    parts = self._compute_few(call, positions, output.results)
+                    has_drawn = draws.are_there()
+                if has_drawn or collectives_done() != talks_before or self._identity.has_moved(call.look):
                     return Comparison(None)
                 if parts is None:
                     return Comparison(math.inf)
@@ -218,7 +226,8 @@ class SmallBatches:
                 apart = self._furthest(call, few, values, parts)
                 if apart is None or apart <= allowed:
                     return Comparison(apart, is_vacuous=apart is None)
-                again = self._compute_few(call, positions, output.results)
+                with other_numbers(1):
+                    again = self._compute_few(call, positions, output.results)
             except Exception as error:  # noqa: BLE001 - whatever a foreign forward raises for a small batch
                 if is_out_of_memory(error):
                     return Comparison(None)
