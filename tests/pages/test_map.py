@@ -63,7 +63,8 @@ def test_each_suite_that_tries_a_promise_is_there():
     assert set(suites) <= set(SUITES)
 
 
-STEPS = [[cell.strip("*`") for cell in row[1:]] for row in table("## One row, from `forward` to the commit")]
+LEGS = ("### The caller looks it up", "### The computer makes it", "### The writer commits it")
+STEPS = [[cell.strip("*`") for cell in row[1:]] for leg in LEGS for row in table(leg)]
 STEPS_OF_A_HIT = [[cell.strip("`") for cell in row[1:]] for row in table("## One hit")]
 
 #: Prints which functions of the library are called, as pairs of a file and its line: in the first batch of a namespace,

@@ -73,10 +73,10 @@ class Repeats:
         batch = call.batch
         if not batch.is_divisible or call.keys is not None:
             return
+        counted = self._notices.counters.values()
         with self._lock.raw:
             if self.is_done:
                 return
-            counted = self._notices.counters.values()
             self._found = sum(amount for name in _ASKED_TWICE if isinstance(amount := counted.get(name), int))
             if self._found > max(_FOUND_UNTIL_DONE, self._repadded):
                 self._end()
@@ -91,9 +91,10 @@ class Repeats:
                 return
             if self._asks_for_padding:
                 self._note_ids(batch, missing)
-            line = self._line()
-            if line is None:
-                return
+        line = self._line()  # without the lock: it asks the state, and datasets of anybody's for their length
+        if line is None:
+            return
+        with self._lock.raw:
             self._end()
         self._notices.say("repeats", line)
 

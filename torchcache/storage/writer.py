@@ -378,7 +378,7 @@ class Writer:
                     if until is None:
                         self._thread = None  # under the lock: a put after this starts another
                     return
-                batch = self._under_way = self._take_batch()
+                batch = self._under_way = self._take_jobs()
             done: Sequence[_Job] = batch
             try:
                 self._commit(batch)
@@ -392,7 +392,7 @@ class Writer:
                     self._settle(done)
                     self._changed.notify_all()
 
-    def _take_batch(self) -> list[_Job]:
+    def _take_jobs(self) -> list[_Job]:
         """Take the first job, and if it has rows those behind it that make a commit of the store's size."""
         batch = [self._waiting.popleft()]
         rows, nbytes = batch[0].n, batch[0].packed_bytes
