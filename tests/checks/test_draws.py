@@ -77,9 +77,9 @@ def _put_back_in_torch(x):
 
 
 def _put_back_in_numpy(x):
-    state = np.random.get_state()
-    noise = np.random.rand()
-    np.random.set_state(state)
+    state = np.random.get_state()  # noqa: NPY002
+    noise = np.random.rand()  # noqa: NPY002
+    np.random.set_state(state)  # noqa: NPY002
     return x * noise
 
 
@@ -109,13 +109,13 @@ def test_who_draws_and_puts_the_generator_back_as_it_was_is_not_frozen(function,
 def test_a_check_of_rows_leaves_the_generators_of_everybody_as_they_were():
     for generator in (torch.manual_seed, np.random.seed, random.seed):
         generator(3)
-    expected = torch.rand(3).tolist(), np.random.standard_normal(3).tolist(), [random.gauss(0, 1) for _ in range(3)]
+    expected = torch.rand(3).tolist(), np.random.standard_normal(3).tolist(), [random.gauss(0, 1) for _ in range(3)]  # noqa: NPY002
     for generator in (torch.manual_seed, np.random.seed, random.seed):
         generator(3)
-    numbers = torch.rand(1).tolist(), np.random.standard_normal(1).tolist(), [random.gauss(0, 1)]
+    numbers = torch.rand(1).tolist(), np.random.standard_normal(1).tolist(), [random.gauss(0, 1)]  # noqa: NPY002
     torchcache()(lambda x: x * 2)(torch.randn(4, 3, generator=torch.Generator().manual_seed(1)))
     numbers[0].extend(torch.rand(2).tolist())
-    numbers[1].extend(np.random.standard_normal(2).tolist())
+    numbers[1].extend(np.random.standard_normal(2).tolist())  # noqa: NPY002
     numbers[2].extend(random.gauss(0, 1) for _ in range(2))
     assert numbers == expected
 

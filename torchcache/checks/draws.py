@@ -38,7 +38,7 @@ def other_numbers(which: int) -> Iterator[None]:
     if torch.cuda.is_initialized():
         of_torch += torch.cuda.default_generators
     states = [generator.get_state() for generator in of_torch]
-    of_python, of_numpy = random.getstate(), np.random.get_state(legacy=False)
+    of_python, of_numpy = random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002 - the global one
     try:
         for generator in of_torch:
             generator.manual_seed(_OTHER_SEED + which)
@@ -46,7 +46,7 @@ def other_numbers(which: int) -> Iterator[None]:
         np.random.random_sample(1 + which)  # noqa: NPY002 - not every kind that it may be of can be seeded
         yield
     finally:
-        np.random.set_state(of_numpy)
+        np.random.set_state(of_numpy)  # noqa: NPY002
         random.setstate(of_python)
         for generator, state in zip(of_torch, states, strict=True):
             generator.set_state(state)
