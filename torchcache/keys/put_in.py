@@ -117,16 +117,14 @@ class _Namespace:
     _names_read: set[str] | None = None
 
     def look_through(self) -> None:
-        """Find what of the user's own stands in it, and the tables; once, as long as nothing is assigned in it."""
-        if self._look is not _nothing and not self.was_assigned():
+        """Find what of the user's own stands in it, and the tables; once."""
+        if self._look is not _nothing:
             return
-        self.code, self.found, self.tables, self.classes = {}, {}, {}, []
         version = dict_versions.versions_of([self.entries])
         seen = version() if version else None  # before what it is the version of
         is_table = self.is_table = not any(
             isinstance(dict.get(self.entries, key), str) for key in ("__name__", "__module__")
         )
-        self._names_read = None
         for key, value in _items(self.entries):
             if issubclass(type(value), _CODE):  # isinstance asks the value, which may warn that it is deprecated
                 self.code[key] = value
@@ -145,7 +143,10 @@ class _Namespace:
 
     def was_assigned(self) -> bool:
         """Tell whether something may have been assigned in it since it was looked through."""
-        return self._look() != self._seen
+        try:
+            return self._look() != self._seen
+        except KeyError:  # something is gone
+            return True
 
     def _reading(self) -> Callable[[], object]:
         """Return a function that reads which code is there, and of which types all else is."""
@@ -209,7 +210,7 @@ class _Namespace:
         return False
 
 
-#: Those of all walks, by the ids of the dictionaries, which they keep.
+#: Those last made, by the ids of the dictionaries, which they keep.
 _looked_through: dict[int, _Namespace] = {}
 
 
@@ -259,9 +260,10 @@ class Namespaces:
         if id(entries) in self._known:
             return
         namespace = _looked_through.get(id(entries))
-        if namespace is None:
+        # One in which something was assigned stays as it was for the walks that know it, to show them the change.
+        if namespace is None or namespace.was_assigned():
             namespace = _Namespace(label, entries)
-            if len(_looked_through) < _MOST_KEPT:
+            if len(_looked_through) < _MOST_KEPT or id(entries) in _looked_through:
                 _looked_through[id(entries)] = namespace
         self._known[id(entries)] = namespace
         self._waiting.append(namespace)
@@ -346,7 +348,7 @@ class NamespaceWatch:
         self._seen = self._versions() if self._versions else b""
 
     def has_changed(self) -> bool:
-        """Tell whether something else stands in one of them now; raises KeyError where something is gone."""
+        """Tell whether something else stands in one of them now."""
         if self._versions is None or self._versions() != self._seen:
             if any(namespace.has_changed() for namespace in self._namespaces):
                 return True
@@ -354,8 +356,11 @@ class NamespaceWatch:
         return abc.get_cache_token() != self._token and self._has_other_registrations()
 
     def _has_other_registrations(self) -> bool:
-        self._token = abc.get_cache_token()
-        return list(self._registrations.named()) != self._names
+        token = abc.get_cache_token()
+        if list(self._registrations.named()) != self._names:
+            return True
+        self._token = token
+        return False
 
 
 def _names_read_by(function: types.FunctionType) -> set[str]:
