@@ -12,7 +12,11 @@ mean counts (``modules.py``, ``operators.py``).
 
 from __future__ import annotations
 
+import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 from torchcache.keys.asked import parts_asked_for
 from torchcache.keys.home import Home
@@ -41,6 +45,47 @@ def walk_code(
         TakesTooLongError: If that takes too long.
     """
     target = unwrap(target)  # type: ignore[assignment] # of a function of ours, the user's
+    roots = list(parts)
+    key = entry, id(target), *map(id, roots)
+    known = _walks.get(key)
+    walk = None if known is None else known.walk_of([target, *roots])
+    if walk is None or walk.has_changed():
+        walk = _walk(target, roots, entry)
+        known = _Known.of(walk, [target, *roots])
+        if known is not None:
+            _walks[key] = known
+            if len(_walks) > _MOST_KNOWN:
+                _walks.popitem(last=False)
+    return walk
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A walk for as long as somebody follows it, and what it started from."""
+
+    walk: weakref.ref[CodeWalk]
+    roots: list[weakref.ref[Any]]
+
+    @classmethod
+    def of(cls, walk: CodeWalk, roots: list[Any]) -> _Known | None:
+        """Note a walk; None if one of its roots cannot be held weakly."""
+        try:
+            return cls(weakref.ref(walk), list(map(weakref.ref, roots)))
+        except TypeError:
+            return None
+
+    def walk_of(self, roots: list[object]) -> CodeWalk | None:
+        """Return the walk if it started from these very objects."""
+        is_same = all(known() is root for known, root in zip(self.roots, roots, strict=True))
+        return self.walk() if is_same else None
+
+
+#: By the ids of what they started from. An instance of a class that was walked for another one takes that walk.
+_walks: OrderedDict[tuple[object, ...], _Known] = OrderedDict()
+_MOST_KNOWN = 256
+
+
+def _walk(target: type | Callable[..., object], parts: list[object], entry: str) -> CodeWalk:
     home = Home(target)
     walk = Walk(home)
     visited, found, limit = walk.visited, walk.trail.found, walk.trail.limit
