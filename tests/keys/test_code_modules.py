@@ -135,6 +135,11 @@ REACHED_BY = {
         def target(x, name="f"):
             return operator.attrgetter(name)(helpers)(x)
     """,
+    "eval": "import helpers\ndef target(x):\n    return eval('helpers.f(x)')",
+    "eval, a computed text": "import helpers\ndef target(x, n='f'):\n    return eval(f'helpers.{n}')(x)",
+    "eval, handed on": "import helpers\ndef target(x):\n    return [f(x) for f in map(eval, ['helpers.f'])]",
+    "eval, compiled": "import helpers\ndef target(x):\n    return eval(compile('helpers.f(x)', 'text', 'eval'))",
+    "exec": "import helpers\ndef target(x, d={}):\n    exec('y = helpers.f(x)', globals(), d)\n    return d['y']",
     "another module that has it": """
         import between
         def target(x, name="f"):

@@ -147,6 +147,15 @@ CASES = {
     "a namespace in a namespace": ("x * space.inner.b", "space.inner.b = 5"),
     "a partial": ("partial()(x)", "partial = functools.partial(make, 4)"),
     "a constant behind a wrapper of torch's": ("without_grad(x)", "SCALE = 7"),
+    "a class that is found among the subclasses": (
+        "[found() for found in Large.__subclasses__()][-1].run(x)",
+        "class Later(Large):\n    def run(self, x):\n        return x * 3",
+        "class Sooner(Large):\n    def run(self, x):\n        return x * 2",
+    ),
+    "a method of a subclass of a subclass": (
+        "Helper.__subclasses__()[0].__subclasses__()[0].run(x)", "Second.run = staticmethod(lambda x: x * 3)",
+        "class First(Helper):\n    pass\nclass Second(First):\n    run = staticmethod(lambda x: x * 2)",
+    ),
     "a global that comes later": ("later(x) if 'later' in globals() else x", "later = lambda x: x * 9"),
     "a builtin that is shadowed": ("abs(x)", "abs = lambda x: x * 13"),
     "a constant that a function in an attribute reads": ("net(x)", "SCALE = 5", "net = Net(act)"),

@@ -21,7 +21,7 @@ from typing import Any
 from torchcache.keys.asked import parts_asked_for
 from torchcache.keys.home import Home
 from torchcache.keys.ours import unwrap
-from torchcache.keys.places import ItemsOf, Name
+from torchcache.keys.places import ItemsOf, Name, SubclassesOf
 from torchcache.keys.running import Running
 from torchcache.keys.walk import Walk
 from torchcache.keys.walked import CodeWalk
@@ -104,6 +104,7 @@ def _walk(target: type | Callable[..., object], parts: list[object], entry: str)
         else:
             entries |= walk.visit_held(part)
 
+    roots.update(_visit_subclasses(walk))
     # Code of libraries calls it, by names that the user's code need not say.
     for number, (name, part) in _visit_put_in(walk).items():
         entries.add(name)
@@ -126,6 +127,27 @@ def _walk(target: type | Callable[..., object], parts: list[object], entry: str)
     for label, words in parts_asked_for(visited.named_functions(), visited.classes):
         walk.trail.say(label, *words)
     return walk.result()
+
+
+def _visit_subclasses(walk: Walk) -> dict[int, type]:
+    """Visit the classes that code finds by ``__subclasses__()`` of the user's own classes; return them by their ids."""
+    found: dict[int, type] = {}
+    known: set[int] = set()
+    # What they do may lead to more classes, and to the first code that asks.
+    while "__subclasses__" in walk.visited.names_read():
+        waiting = [cls for cls in walk.visited.classes if id(cls) not in known]
+        if not waiting:
+            break
+        for cls in waiting:
+            known.add(id(cls))
+            place = SubclassesOf(cls)
+            subclasses = place.get("", None)
+            walk.trail.watch.add(Name(f"subclasses of {cls.__name__}", place, ""), subclasses)
+            walk.trail.say(f"subclasses of {cls.__name__}", *(subclass.__qualname__ for subclass in subclasses))
+            for subclass in subclasses:
+                walk.visit_class(subclass)
+                found[id(subclass)] = subclass
+    return found
 
 
 def _visit_put_in(walk: Walk) -> dict[int, tuple[str, object]]:

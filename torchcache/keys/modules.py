@@ -35,6 +35,9 @@ _OF_CALLERS = frozenset({"f_globals", "f_locals"})
 #: Functions that look up what lies in the module of the code that calls them.
 _OF_OWN_MODULE = frozenset({"builtins.globals"})
 
+#: Functions that run text, which may name anything there, and what lies in modules that are there.
+_RUNNING_TEXT = frozenset({"builtins.eval", "builtins.exec", "builtins.compile"})
+
 #: Attributes of a module with which code asks for any of its others.
 _WHOLE = frozenset({"__dict__", "__dir__", "__getattr__", "__getattribute__"})
 
@@ -97,8 +100,12 @@ class Reached:
                 found.append(self._scope.module(str(value.__globals__.get("__name__"))))
 
         # The one of the function itself.
-        if any(_name_of(value) in _OF_OWN_MODULE for value in chain(used, self._called())):
-            found.append(self._scope.module(str(self._home)))
+        run = {_name_of(value) for value in chain(used, self._called())}
+        own = self._scope.module(str(self._home))
+        if not run.isdisjoint(_OF_OWN_MODULE | _RUNNING_TEXT):
+            found.append(own)
+        if isinstance(own, types.ModuleType) and not run.isdisjoint(_RUNNING_TEXT):
+            found += vars(own).values()
 
         by_id: dict[int, types.ModuleType] = {}
         for module in found:

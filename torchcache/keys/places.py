@@ -136,6 +136,17 @@ class AttributesOf:
         return default
 
 
+@dataclass(frozen=True, slots=True)
+class SubclassesOf:
+    """The classes that are derived from a class by now and alive, as ``__subclasses__()`` lists them."""
+
+    cls: type
+
+    def get(self, key: str, default: object, /) -> list[type]:  # noqa: ARG002 - as of Place
+        """Return them."""
+        return type.__subclasses__(self.cls)
+
+
 class ResultsOf:
     """The modules that a function behind ``functools.lru_cache`` has returned and keeps.
 
