@@ -20,6 +20,7 @@ from typing import Any
 
 from torchcache.keys.asked import parts_asked_for
 from torchcache.keys.home import Home
+from torchcache.keys.origins import classes_stand_still
 from torchcache.keys.ours import unwrap
 from torchcache.keys.places import ItemsOf, Name, SubclassesOf
 from torchcache.keys.running import Running
@@ -50,7 +51,8 @@ def walk_code(
     known = _walks.get(key)
     walk = None if known is None else known.walk_of([target, *roots])
     if walk is None or walk.has_changed():
-        walk = _walk(target, roots, entry)
+        with classes_stand_still():
+            walk = _walk(target, roots, entry)
         known = _Known.of(walk, [target, *roots])
         if known is not None:
             _walks[key] = known

@@ -12,8 +12,10 @@ import importlib.util
 import os
 import sys
 import sysconfig
+import threading
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,8 +47,37 @@ def is_own_class(cls: type) -> bool:
     return origin_of_class(cls) is None
 
 
+class _Still(threading.local):
+    """What was found out of classes that stand still, by their ids, with the classes; None while they may change."""
+
+    origins: dict[int, tuple[type, str | None]] | None = None
+
+
+_still = _Still()
+
+
+@contextmanager
+def classes_stand_still() -> Iterator[None]:
+    """Find out but once where each class comes from, while this thread runs no code that changes one."""
+    _still.origins = {}
+    try:
+        yield
+    finally:
+        _still.origins = None
+
+
 def origin_of_class(cls: type) -> str | None:
     """Return where a class comes from: a distribution, the standard library, or None for the user's own."""
+    known = _still.origins
+    if known is None:
+        return _origin_of_class(cls)
+    found = known.get(id(cls))
+    if found is None:
+        found = known[id(cls)] = cls, _origin_of_class(cls)
+    return found[1]
+
+
+def _origin_of_class(cls: type) -> str | None:
     origin = origin_of_module(cls.__module__)
     if origin is None or cls.__flags__ & _IS_IMMUTABLE:
         return origin
