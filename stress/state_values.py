@@ -30,7 +30,8 @@ class Value:
         has_code: Whether it is or holds functions or modules. Their code is not walked in an argument of a call, which
             then goes around the cache or is refused.
         is_returned: Whether programs return it. The cache learns of a class of a library when it is first returned,
-            so another process does not find that result; and an image from a file comes back as a plain one.
+            so another process does not find that result; an image from a file comes back as a plain one; and a tensor
+            with an attribute is not kept, since the attribute would be lost.
         most_calls: After so many calls a change in place must be noticed.
         numbers: What ``v`` may be.
     """
@@ -271,7 +272,7 @@ _NUMPY = _group(
 _TORCH = _group(
     "import torch\nfrom torch import nn",
     Value("tensor", "torch.tensor([float(v), 1.0])", "value[0]", "value[0] = v"),
-    Value("tensor with an attribute", "with_unit(torch.ones(2), v)", "value.unit", "value.unit = v"),
+    Value("tensor with an attribute", "with_unit(torch.ones(2), v)", "value.unit", "value.unit = v", is_returned=False),
     Value("tensor of one element with an object hung on it", "with_unit(torch.ones(1), Unit(v))", "value.unit.a",
           "value.unit.a = v", setup=_UNIT),
     Value("tensor with an object hung on it", "with_unit(torch.ones(2), Unit(v))", "value.unit.a", "value.unit.a = v",
