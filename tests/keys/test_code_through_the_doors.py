@@ -403,6 +403,30 @@ def test_what_takes_too_long_to_look_at_goes_around_the_cache_and_says_so_once(d
         assert cache.stats().memory_hits
 
 
+def test_the_attribute_that_takes_so_long_is_named(monkeypatch, caplog):
+    class Entry:
+        def __init__(self, number):
+            self.number = number
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = [1, 2], {"a": 3}
+            self.index = [Entry(number) for number in range(300_000)]
+
+        def forward(self, x):
+            return x * self.first[0] * self.last["a"] * self.index[7].number
+
+    net = torchcache()(Net())
+    monkeypatch.setattr("torchcache.keys.time_limit.MOST_SECONDS", 0.5)
+    for _ in range(2):
+        assert torch.equal(net(X), X * 21)
+    assert cache_of(net).stats().bypasses == {"takes_too_long": 2}
+    (said,) = [record.getMessage() for record in caplog.records if "takes_too_long" in record.getMessage()]
+    assert "index takes" in said
+    assert "ignore=" in said
+
+
 def test_how_long_a_look_may_take_is_what_is_said():
     assert f"{time_limit.MOST_SECONDS:.0f} seconds" in Reason.TAKES_TOO_LONG.remedy
 

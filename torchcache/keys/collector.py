@@ -87,7 +87,7 @@ class StateCollector(Observer):
     """
 
     def __init__(self, walk: CodeWalk | None, ignored: frozenset[str], flags: Mapping[int, bool] | None = None) -> None:
-        self.limit: TimeLimit = TimeLimit()
+        self.limit: TimeLimit = TimeLimit("the state")
         self.counts_generators: bool = walk is not None and walk.reads_generators
         self.watched: Watched = Watched()
         self.flags: dict[int, bool] = {}
@@ -165,6 +165,7 @@ class StateCollector(Observer):
     def _encode(self, value: object, path: str) -> bytes:
         if value is MISSING:
             return b"missing"
+        self.limit.begin(path)
         return encode_value(value, path, self, owner=self._owner)
 
     # -- an object that is no module -------------------------------------------------------------------------------

@@ -134,8 +134,8 @@ class Identity:
                 return self._given_up.module_hash
             try:
                 return self._module_hash or self._identify()
-            except TakesTooLongError:
-                return self._give_up().module_hash
+            except TakesTooLongError as error:
+                return self._give_up(error).module_hash
 
     def look(self) -> Look:
         """Look at the present state."""
@@ -151,8 +151,8 @@ class Identity:
                 if tracker.code_has_moved:
                     module_hash = self._identify()
                     fingerprint = tracker.fingerprint()
-            except TakesTooLongError:
-                return self._give_up()
+            except TakesTooLongError as error:
+                return self._give_up(error)
             reason, last = tracker.bypass_reason, self._last
             if last is not None and last[0] is fingerprint and last[1].reason == reason:
                 return last[1]  # what is to be said was said
@@ -182,8 +182,8 @@ class Identity:
                 return True
             try:
                 return self._tracker.moved() or self._tracker.code_has_moved
-            except TakesTooLongError:
-                self._give_up()
+            except TakesTooLongError as error:
+                self._give_up(error)
                 return True
 
     def look_past_flags(self, since: Look) -> Look | None:
@@ -297,10 +297,10 @@ class Identity:
             raise ConfigError(unknown_name(name, there, self._target.name), argument="ignore")
         self._has_checked_ignored = True
 
-    def _give_up(self) -> Look:
+    def _give_up(self, error: TakesTooLongError) -> Look:
         """Look no more: each further look would take as long."""
         name = digest_parts([b"given up", self._target.own_name])
-        self._given_up = Look(name.hex(), name, is_private=True, reason=Reason.TAKES_TOO_LONG)
+        self._given_up = Look(name.hex(), name, is_private=True, reason=Reason.TAKES_TOO_LONG, evidence=str(error))
         return self._given_up
 
     def _start_afresh(self) -> None:

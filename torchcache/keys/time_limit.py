@@ -9,16 +9,31 @@ MOST_SECONDS = 30.0
 
 
 class TakesTooLongError(Exception):
-    """A look at code or state was given up."""
+    """A look at code or state was given up; its text says what took longest."""
 
 
 class TimeLimit:
-    """Ends what computes for too long in this thread; time that others have does not count."""
+    """Ends what computes for too long in this thread; time that others have does not count.
 
-    def __init__(self) -> None:
-        self._end = time.thread_time() + MOST_SECONDS
+    Args:
+        what: What is looked at, until ``begin`` names a part of it.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self._since = time.thread_time()
+        self._end = self._since + MOST_SECONDS
+        self._longest = 0.0, what
+
+    def begin(self, what: str) -> None:
+        """Name what is looked at from now on."""
+        now = time.thread_time()
+        self._longest = max(self._longest, (now - self._since, self._what))
+        self._what, self._since = what, now
 
     def check(self) -> None:
         """Raise TakesTooLongError if the time is over."""
         if time.thread_time() >= self._end:
-            raise TakesTooLongError
+            self.begin(self._what)
+            seconds, what = self._longest
+            raise TakesTooLongError(f"{what} takes {seconds:.0f} seconds and more")

@@ -86,7 +86,7 @@ class Trail:
     def __init__(self, home: Home) -> None:
         self.found: CodeWalk = CodeWalk()
         self.watch: Watch = self.found._watch  # noqa: SLF001 - a walk is made here
-        self.limit: TimeLimit = TimeLimit()
+        self.limit: TimeLimit = TimeLimit("the code")
         self._home = home
         self._numbers: dict[int, int] = {}  # of what was seen, by id
         self._kept: list[object] = []  # ids stay unique while the objects live

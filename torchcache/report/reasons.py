@@ -188,8 +188,9 @@ class Reason(Kind):
     TAKES_TOO_LONG = (
         "takes_too_long",
         (
-            "to look at its code, or at its state, takes more than 30 seconds; set persistent_module_hash to a name "
-            "of your own, such as 'encoder-1'"
+            "to look at its code, or at its state, takes more than 30 seconds; name an attribute that takes so long "
+            "in ignore= if it shapes no result, or set persistent_module_hash to a name of your own, such as "
+            "'encoder-1'"
         ),
         "refresh() tries it again",
     )
