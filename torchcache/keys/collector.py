@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from torchcache.keys import frameworks
 from torchcache.keys.attributes import attributes_of, slots_of
+from torchcache.keys.capturing import INSTALLED, Captured, captured_in
 from torchcache.keys.collectives import (
     is_distributed_tensor,
     is_module_of_torch,
@@ -112,6 +114,7 @@ class StateCollector(Observer):
         self._known: dict[int, int] = {}  # id of a module or tensor -> its number
         self._code: dict[int, object] = {}
         self._generators: dict[int, object] = {}
+        self._captured = Captured()  # of the tree that is being collected
 
     @property
     def code(self) -> list[object]:
@@ -206,6 +209,7 @@ class StateCollector(Observer):
 
     def _collect_tree(self, root: nn.Module, prefix: str, *, inner: bool) -> Parts:
         parts: Parts = []
+        outer, self._captured = self._captured, captured_in(root)
         for path, module in root.named_modules(prefix=prefix, remove_duplicate=False):
             name = path or "module"
             if id(module) in self._known:
@@ -222,6 +226,7 @@ class StateCollector(Observer):
                 parts.append((name, self._collect_compiled(module)))
             elif not isinstance(module, torch.jit.ScriptModule):  # a reason to bypass: it has no plain attributes
                 parts += self._collect_module(path, module, is_inner=is_inner)
+        self._captured = outer
         return parts
 
     def _note_crossings(self, path: str, module: nn.Module, *, is_inner: bool) -> None:
@@ -261,7 +266,7 @@ class StateCollector(Observer):
                 parts.append((f"{kind} {named}", referred))
         self._watch_held(module)
         if is_inner:
-            parts += self._collect_hooks(path, attributes)
+            parts += self._collect_hooks(path, module)
         return parts
 
     def _collect_attributes(self, prefix: str, module: nn.Module) -> Parts:
@@ -272,7 +277,9 @@ class StateCollector(Observer):
             is_left_out = self._is_left_out(module, key, value, f"{prefix}{key}")
             if not is_left_out and key not in _MODULE_INTERNALS:
                 counted.append(key)
-        self._holders.watch(attributes, counted)
+        # Hooks may be replaced all at once; a mark that does not count stands for hooks that are there.
+        more = [key for key in (*_HOOKS, INSTALLED) if key in attributes and key not in counted]
+        self._holders.watch(attributes, [*counted, *more])
 
         parts: Parts = []
         for key in sorted(counted):
@@ -301,19 +308,22 @@ class StateCollector(Observer):
         if not is_torchs and len(attributes["_modules"]) > 1:
             self._holders.watch_order(attributes["_modules"])
 
-    def _collect_hooks(self, path: str, attributes: dict[str, Any]) -> Parts:
+    def _collect_hooks(self, path: str, module: nn.Module) -> Parts:
         """Collect the forward hooks of an inner module."""
+        attributes = vars(module)
+        left_out = self._captured.hooks.get(id(module), set())
+        parts: Parts = []
         for kind in _HOOKS:
             hooks = attributes[kind]
             if hooks:
-                self.has_inner_hooks = True
                 self._holders.watch(hooks, hooks)
+                self._holders.watch_order(hooks)
             else:
                 self._holders.watch_for_hooks(hooks)
-
-        parts: Parts = []
-        for kind in _HOOKS:
-            for key, hook in attributes[kind].items():
+            for key, hook in hooks.items():
+                if key in left_out:
+                    continue
+                self.has_inner_hooks = True
                 takes_kwargs = bool(attributes[f"{kind}_with_kwargs"].get(key))
                 named = f"{path} hook"
                 parts.append((named, self._encode((hook, takes_kwargs), named)))
@@ -326,10 +336,15 @@ class StateCollector(Observer):
             self._is_ignored(path)
             or is_on_instances(key)
             or is_note_of_torch(key)
+            or (key == INSTALLED and id(owner) in self._captured.models)
+            or self._is_note_of_framework(type(owner), key)
             or self._is_written_only(type(owner), key, value)
             or is_hook_of_ours(key, value)
             or (isinstance(value, StandIn) and _is_method_of(value, owner, key))
         )
+
+    def _is_note_of_framework(self, cls: type, key: str) -> bool:
+        return self._walk is not None and frameworks.leaves_out(cls, key, self._walk.names_read)
 
     def _is_written_only(self, cls: type, key: str, value: object) -> bool:
         if self._walk is None:

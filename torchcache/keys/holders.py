@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sized
 from operator import getitem, itemgetter
 from typing import Any
 
-from torch.utils.hooks import RemovableHandle
-
 from torchcache.keys.attributes import attributes_of
 from torchcache.keys.entries import dump
 from torchcache.keys.fast import dict_versions
@@ -37,7 +35,6 @@ class Holders:
         self._keys: list[tuple[Mapping[str, Any], tuple[str, ...]]] = []
         self._sized: list[Sized] = []
         self._without_hooks: list[Sized] = []
-        self._hooks_ever = 0
         self._ordered: list[Mapping[str, Any]] = []
         self._slotted: list[object] = []
         self._named: list[Name] = []
@@ -82,7 +79,6 @@ class Holders:
         self._plain = [values for values in watched if isinstance(values, dict) and type(values) is dict]
         if len(self._plain) == len(watched):
             self._read_versions = dict_versions.versions_of(self._plain)
-        self._hooks_ever = RemovableHandle.next_id
 
         # Versions before values: what changes in between is then looked at again.
         self._versions = self._read_versions() if self._read_versions else b""
@@ -114,8 +110,8 @@ class Holders:
 
     def have_moved(self) -> bool:
         """Tell whether anything differs from what was there; raises KeyError where something is gone."""
-        # Torch numbers all hooks, so mostly nobody has to be asked.
-        if RemovableHandle.next_id != self._hooks_ever and self._have_got_hooks():
+        # Torch numbers the hooks that it registers, but who copies a module writes them by himself.
+        if any(map(len, self._without_hooks)):
             return True
         if self._read_versions is None:
             return self._read() != self._seen
@@ -127,12 +123,6 @@ class Holders:
         if self._read() != self._seen:
             return True
         self._versions = versions  # something changed that does not count
-        return False
-
-    def _have_got_hooks(self) -> bool:
-        if any(map(len, self._without_hooks)):
-            return True
-        self._hooks_ever = RemovableHandle.next_id
         return False
 
     def _names_by_identity(self) -> list[int]:

@@ -309,6 +309,8 @@ def _ship_all() -> None:
     ship("tokenizers", "Tokenizer", Registration(_tokenizer, quick=_quick_tokenizer))
     in_transformers = Registration(_tokenizer_in_transformers, quick=_quick_tokenizer_in_transformers)
     ship_part("transformers", "PreTrainedTokenizerBase", "_tokenizer", in_transformers)
+    # Written down from a set, in an order that each process has for itself.
+    ship_part("diffusers", "FrozenDict", "_use_default_values", Registration(frozenset, is_immutable=True))
     ship("numpy", "dtype", Registration(_dtype, is_immutable=True, stands_for_subclasses=True))
 
 

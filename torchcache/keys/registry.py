@@ -87,7 +87,7 @@ def ship(package: str, name: str, registration: Registration) -> None:
 
 
 def ship_part(package: str, name: str, attribute: str, registration: Registration) -> None:
-    """Register an attribute of the objects of a class, and of those derived from it."""
+    """Register an attribute of the objects of a class, and of those derived from it; of a dict, an item too."""
     _parts[attribute] = (package, name), registration
 
 

@@ -208,6 +208,7 @@ def _note_function(function: types.FunctionType, owner: type | None, found: Code
     """Note what one function that runs does; return the names of what it reaches."""
     found.writes.note(function, owner)
     found.talks.note(function)
+    found.names_read.note(function)
     reads = reads_of(function.__code__)
     reached = {*reads.attributes, *reads.names}
     if _COPY in reads.names or not _READERS_OF_GENERATORS.isdisjoint(reached):

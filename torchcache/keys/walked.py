@@ -15,6 +15,7 @@ from torchcache.keys.changes import Watch, is_container
 from torchcache.keys.collectives import Talks
 from torchcache.keys.digest import digest_named, digest_parts
 from torchcache.keys.home import Home
+from torchcache.keys.names_read import NamesRead
 from torchcache.keys.origins import UNCOUNTED, version_of
 from torchcache.keys.places import Name
 from torchcache.keys.put_in import NamespaceWatch
@@ -39,6 +40,7 @@ class CodeWalk:
         reads_generators: Whether the code that runs may read the state of a random number generator.
         reads_of_weights: Which of "requires_grad" and "grad" it may read.
         draws: What it may draw random numbers from that no seed decides.
+        names_read: Which attributes it may read, of any object.
         unseen: Operators that it may call and of which it is not known what runs.
     """
 
@@ -51,6 +53,7 @@ class CodeWalk:
     reads_generators: bool = False
     reads_of_weights: set[str] = field(default_factory=set)
     draws: Draws = field(default_factory=Draws)
+    names_read: NamesRead = field(default_factory=NamesRead)
     unseen: list[str] = field(default_factory=list)
     _watch: Watch = field(default_factory=Watch, repr=False, compare=False)
     _lock: ForkLock = field(default_factory=ForkLock, repr=False, compare=False)  # guards what was seen
@@ -159,6 +162,7 @@ class Trail:
         writes_aside = Writes()
         for function in aside:
             writes_aside.note(function)
+            self.found.names_read.note(function)
         names = [name for name in self.found.names if not (name.counts_always and _only_counts(writes_aside, name))]
 
         # Notes that a function keeps on another one and does not use.

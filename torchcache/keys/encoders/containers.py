@@ -12,6 +12,7 @@ from torchcache.keys.digest import digest_parts
 from torchcache.keys.encoding import Encoding
 from torchcache.keys.places import is_module
 from torchcache.keys.plain import items_of_tuple, type_name
+from torchcache.keys.registry import find_part
 from torchcache.keys.tensor_digest import encode_array
 
 #: Containers that may change, by their exact class.
@@ -44,7 +45,9 @@ def _contents(encoding: Encoding, value: Any, path: str) -> bytes:  # noqa: ANN4
 
 def _mapping(encoding: Encoding, value: dict[Any, Any], path: str) -> bytes:
     if isinstance(value, OrderedDict):
-        return encoding.pairs(b"ordered", OrderedDict.items(value), path, is_order_kept=True)
+        return encoding.pairs(
+            b"ordered", _items_as_told(type(value), OrderedDict.items(value)), path, is_order_kept=True
+        )
 
     # A library may make a table of functions from a set, in an order that each process has for itself.
     is_table = encoding.is_in_library and all(map(_is_function, dict.values(value)))
@@ -54,6 +57,17 @@ def _mapping(encoding: Encoding, value: dict[Any, Any], path: str) -> bytes:
         factory = encoding.encode(value.default_factory, f"{path}.default_factory")
         return digest_parts([encoded, factory])
     return encoded
+
+
+def _items_as_told(kind: type, items: Iterable[tuple[Any, Any]]) -> Iterable[tuple[Any, Any]]:
+    """Return the items of a container of a library, some of which are told in a way of their own, as attributes are."""
+    if kind in CONTAINERS:
+        return items
+    told: list[tuple[Any, Any]] = []
+    for key, item in items:
+        registration = find_part(kind, key) if type(key) is str else None
+        told.append((key, item if registration is None else registration.encode(item)))
+    return told
 
 
 def _is_function(value: object) -> bool:
