@@ -171,7 +171,8 @@ class Running:
         sys.modules["program"] = module  # a class of its own can be imported, as in any program
         self._names = vars(module)
         self._results: list[object] = []
-        self._names["RESULTS"] = self._results
+        if self._place.is_result:  # to change one; code that counts the globals of its module would count them
+            self._names["RESULTS"] = self._results
         options: dict[str, Any] = {"batch_dim": None} if self._place.kind == "call" else {}
         if self._place.kind != "dataset":
             options["check_rows"] = False  # each computed call is counted

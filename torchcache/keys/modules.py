@@ -100,18 +100,25 @@ class Reached:
                 found.append(self._scope.module(str(value.__globals__.get("__name__"))))
 
         # The one of the function itself.
-        run = {_name_of(value) for value in chain(used, self._called())}
-        own = self._scope.module(str(self._home))
-        if not run.isdisjoint(_OF_OWN_MODULE | _RUNNING_TEXT):
-            found.append(own)
-        if isinstance(own, types.ModuleType) and not run.isdisjoint(_RUNNING_TEXT):
-            found += vars(own).values()
+        if self._may_run(_OF_OWN_MODULE):
+            found.append(self._scope.module(str(self._home)))
 
         by_id: dict[int, types.ModuleType] = {}
         for module in found:
             if isinstance(module, types.ModuleType):
                 by_id[id(module)] = module
         return list(by_id.values())
+
+    def modules_of_text(self) -> list[types.ModuleType]:
+        """Return those whose code may run because the function runs text: its own, and those that lie there."""
+        own = self._scope.module(str(self._home))
+        if not isinstance(own, types.ModuleType) or not self._may_run(_RUNNING_TEXT):
+            return []
+        return [own, *(value for value in vars(own).values() if isinstance(value, types.ModuleType))]
+
+    def _may_run(self, functions: frozenset[str]) -> bool:
+        """Tell whether it calls one of some functions, or hands it on."""
+        return any(_name_of(value) in functions for value in chain(self._used(), self._called()))
 
     def names(self) -> set[ModuleName]:
         """Return the names of those that it asks for by name."""
@@ -288,6 +295,13 @@ class WholeModules:
         if known is not None and known[1]:
             counts_data = True
         self._reached[id(module)] = module, counts_data
+
+    def reach_from(self, reached: Reached) -> None:
+        """Note the modules that a function has a name for, and those that text may mean which it runs."""
+        for module in reached.modules():
+            self.reach(module)
+        for module in reached.modules_of_text():
+            self.reach(module, has_data=False)
 
     def add_inner(self, key: str, value: types.ModuleType, owner: types.ModuleType, *, has_data: bool) -> None:
         """Note a module that another one which counts whole holds under a name."""

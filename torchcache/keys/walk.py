@@ -452,8 +452,7 @@ class Walk:
             self._visit_operators(operators)
 
         reached = Reached(function, uses)
-        for module in reached.modules():
-            self._whole.reach(module)
+        self._whole.reach_from(reached)
         for text in sorted(reached.sought()):
             self._imports.note_whether_there(text)
         names = reached.names()
