@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 import pickle
 
@@ -88,3 +89,32 @@ def test_what_reads_others_does_not_read_it(function):
 def test_a_class_of_the_users_own_has_no_notes_of_frameworks():
     own = type("LightningModule", (), {"__module__": "lightning.pytorch.core.module"})
     assert not frameworks.leaves_out(own, "_trainer", NamesRead())
+
+
+class _Base:
+    def __init__(self):
+        self._note = None
+
+    @property
+    def note(self):
+        return self._note
+
+    @functools.cached_property
+    def cached_note(self):
+        return self.note
+
+    @staticmethod
+    def of(other):
+        return other.cached_note
+
+    def log(self):
+        if self._note is not None:
+            print(self._note)
+
+    def other(self):
+        return self.log()
+
+
+def test_a_note_is_also_read_by_the_names_that_hand_it_out():
+    names = frameworks._names_that_give(_Base, "_note", (_Base.__module__.partition(".")[0],))
+    assert names == {"_note", "note", "cached_note", "of"}

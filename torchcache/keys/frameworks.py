@@ -115,9 +115,14 @@ def _names_that_give(cls: type, name: str, packages: tuple[str, ...]) -> frozens
 
 
 def _functions_of(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
+    """Yield the functions behind the members of a class, each with the name of the member."""
     for key, value in list(vars(cls).items()):
-        for function in functions_behind(value):
-            yield key, function
+        held: list[object] = [value]
+        if not isinstance(value, (type, types.FunctionType)):  # a descriptor of another kind, such as cached_property
+            held += (getattr(value, "__dict__", None) or {}).values()
+        for item in held:
+            for function in functions_behind(item):
+                yield key, function
 
 
 @lru_cache(maxsize=1024)
