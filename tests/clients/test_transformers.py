@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+from typing import ClassVar
 
 import pytest
 import torch
@@ -176,11 +177,12 @@ def test_a_hook_behind_those_that_record_counts_beside_them(recorded):
 
 def test_a_model_whose_inner_model_was_asked_before_it_records_more(cache_dir):
     from transformers import ViTModel
-    from transformers.models.vit.modeling_vit import ViTPreTrainedModel
+    from transformers.modeling_outputs import BaseModelOutput
+    from transformers.models.vit.modeling_vit import ViTLayer, ViTPreTrainedModel
     from transformers.utils.output_capturing import capture_outputs
 
     class Outer(ViTPreTrainedModel):
-        _can_record_outputs = ViTModel._can_record_outputs
+        _can_record_outputs: ClassVar = {"hidden_states": ViTLayer}
 
         def __init__(self, config):
             super().__init__(config)
@@ -188,19 +190,20 @@ def test_a_model_whose_inner_model_was_asked_before_it_records_more(cache_dir):
 
         @capture_outputs
         def forward(self, pixel_values, **kwargs):
-            return self.vit(pixel_values, **kwargs)
+            inner = self.vit(pixel_values, **kwargs)
+            return BaseModelOutput(last_hidden_state=inner.last_hidden_state, attentions=inner.hidden_states)
 
     config = MODELS["ViT"]().module.config
-    returned = []
+    n_returned = []
     for is_asked_before in (False, True):
         torch.manual_seed(0)
         model = Outer(config).eval().requires_grad_(False)
         if is_asked_before:
             model.vit(**pixels(**STATES))
-        expected = copy.deepcopy(model)(**pixels(**STATES)).hidden_states
+        expected = copy.deepcopy(model)(**pixels(**STATES)).attentions
         cached = torchcache(persistent=True, persistent_cache_dir=cache_dir)(model)
-        states = cached(**pixels(**STATES)).hidden_states
+        returned = cached(**pixels(**STATES)).attentions
         cache_of(cached).close()
-        assert len(states) == len(expected)
-        returned.append(len(states))
-    assert returned[0] != returned[1]
+        assert len(returned) == len(expected)
+        n_returned.append(len(returned))
+    assert n_returned == [3, 5]
