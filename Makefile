@@ -49,7 +49,7 @@ build/tools/.stamp: tox.ini
 	touch $@
 
 # The environment of make test, which tox makes anew, without the stamp, when what it installs has changed.
-$(CHECK)/.stamp: build/tools/.stamp tox.ini pyproject.toml requirements-tested.txt
+$(CHECK)/.stamp: build/tools/.stamp tox.ini pyproject.toml requirements-tested.txt requirements-clients.txt
 	$(TOX) run --notest -e check
 	touch $@
 

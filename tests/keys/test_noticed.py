@@ -342,6 +342,34 @@ def test_a_hook_on_all_modules_goes_around_the_cache():
     assert cache_of(net).stats().bypasses == {"global_module_hooks": 2}
 
 
+def put_in(module, hook):
+    module._forward_hooks[9999] = hook
+
+
+def put_in_place(module, hook):
+    module._forward_hooks = collections.OrderedDict({9999: hook})
+
+
+def put_before(module, hook):
+    module._forward_pre_hooks[9999] = lambda module, args: (args[0] + 1,)
+
+
+@pytest.mark.parametrize("put", [put_in, put_in_place, put_before])
+@pytest.mark.parametrize("has_others", [False, True])
+def test_a_hook_that_torch_did_not_register_is_noticed(put, has_others):
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval().requires_grad_(False)
+    if has_others:
+        net[0].register_forward_hook(lambda module, args, output: output * 2)
+        net[0].register_forward_pre_hook(lambda module, args: None)
+    net, x = torchcache()(net), torch.rand(3, 4)
+    for _ in range(3):
+        net(x)
+    put(net[0], lambda module, args, output: output + 10)
+    with disabled():
+        expected = net(x)
+    assert torch.equal(net(x), expected)
+
+
 def test_hooks_on_inner_modules_are_said_once(caplog):
     net = frozen_net(nn.Linear(8, 8))
     net[0].register_forward_hook(lambda *_: None)

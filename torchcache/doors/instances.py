@@ -38,7 +38,8 @@ def decorate_instance(module: nn.Module, options: CacheOptions) -> nn.Module:
     forward = CachedForward(module, options)
     forward.merged_options()
 
-    module.forward = forward
+    # Past ``__setattr__``: a wrapper such as Fabric's may set the attribute on the module that it wraps.
+    vars(module)[our_names.FORWARD] = forward
     CopyHooks(module).install()
     forward.cache(module)
     return module

@@ -411,7 +411,7 @@ class StateCollector(Observer):
         return digest_parts(parts)
 
     def leaves_out(self, owner: object, name: str, value: object, path: str) -> bool:  # noqa: ARG002 - as of Observer
-        return self._is_ignored(path)
+        return self._is_ignored(path) or self._is_note_of_framework(type(owner), name)
 
     def note_code(self, code: object) -> None:
         is_followed = isinstance(code, (types.FunctionType, type)) or operators_at(code) is not None

@@ -1,4 +1,4 @@
-"""What frameworks note on modules for themselves, and what shapes no result.
+"""What frameworks note on modules and hooks for themselves, and what shapes no result.
 
 It is known by the class that has it and the package of that class, which must come from an installed distribution;
 nothing is imported. A note counts all the same if code that runs may read it: by its name, or by a name under which the
@@ -23,6 +23,7 @@ _LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 _MODULE_OF_LIGHTNING = (_LIGHTNING, "LightningModule")
 _HYPERPARAMETERS = (_LIGHTNING, "HyperparametersMixin")
 _DEVICES = (_LIGHTNING, "_DeviceDtypeModuleMixin")
+_HOOK_OF_ACCELERATE = (("accelerate",), "AlignDevicesHook")
 
 _Where = tuple[tuple[str, ...], str]
 
@@ -43,6 +44,8 @@ _NOTES: dict[str, tuple[_Where, str]] = {
     "_hparams_initial": (_HYPERPARAMETERS, "the same as it was then"),
     "_hparams_name": (_HYPERPARAMETERS, "the name of the argument that has it"),
     "_device": (_DEVICES, "where it is"),
+    "input_device": (_HOOK_OF_ACCELERATE, "where the last input was"),
+    "tied_params_map": (_HOOK_OF_ACCELERATE, "copies of weights by their addresses"),
 }
 
 #: Those that count for nothing even where they are read: devices are no part of a key.
@@ -112,9 +115,14 @@ def _names_that_give(cls: type, name: str, packages: tuple[str, ...]) -> frozens
 
 
 def _functions_of(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
+    """Yield the functions behind the members of a class, each with the name of the member."""
     for key, value in list(vars(cls).items()):
-        for function in functions_behind(value):
-            yield key, function
+        held: list[object] = [value]
+        if not isinstance(value, (type, types.FunctionType)):  # a descriptor of another kind, such as cached_property
+            held += (getattr(value, "__dict__", None) or {}).values()
+        for item in held:
+            for function in functions_behind(item):
+                yield key, function
 
 
 @lru_cache(maxsize=1024)
