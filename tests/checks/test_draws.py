@@ -106,6 +106,12 @@ def test_who_draws_and_puts_the_generator_back_as_it_was_is_not_frozen(function,
     assert set(cache_of(cached).stats().bypasses) == {"random_numbers"}
 
 
+def _project(x):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return x @ torch.randn(3, 3)
+
+
 def test_a_check_of_rows_leaves_the_generators_of_everybody_as_they_were():
     for generator in (torch.manual_seed, np.random.seed, random.seed):
         generator(3)
@@ -113,7 +119,7 @@ def test_a_check_of_rows_leaves_the_generators_of_everybody_as_they_were():
     for generator in (torch.manual_seed, np.random.seed, random.seed):
         generator(3)
     numbers = torch.rand(1).tolist(), np.random.standard_normal(1).tolist(), [random.gauss(0, 1)]  # noqa: NPY002
-    torchcache()(lambda x: x * 2)(torch.randn(4, 3, generator=torch.Generator().manual_seed(1)))
+    torchcache()(_project)(torch.randn(4, 3, generator=torch.Generator().manual_seed(1)))
     numbers[0].extend(torch.rand(2).tolist())
     numbers[1].extend(np.random.standard_normal(2).tolist())  # noqa: NPY002
     numbers[2].extend(random.gauss(0, 1) for _ in range(2))
@@ -121,15 +127,10 @@ def test_a_check_of_rows_leaves_the_generators_of_everybody_as_they_were():
 
 
 def test_who_seeds_the_generator_in_a_fork_hits():
-    def project(x):
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return x @ torch.randn(3, 3)
-
-    cached = torchcache()(project)
+    cached = torchcache()(_project)
     x = torch.randn(6, 3)
     for _ in range(2):
-        assert torch.equal(cached(x), project(x))
+        assert torch.equal(cached(x), _project(x))
     assert cache_of(cached).stats().hits == 6
 
 

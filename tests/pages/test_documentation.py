@@ -159,6 +159,14 @@ SEGMENT, OFFSET, LENGTH = (struct.calcsize(f">{kind}") for kind in table.LOCATIO
 NAMESPACE = (table.MOST_NAMESPACES - 1).bit_length() // 8
 PYTHON = re.search(r'requires-python = ">=([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
 
+#: The versions of libraries that tests/clients runs with, short of their last number.
+CLIENTS = {
+    library: version.rpartition(".")[0]
+    for library, _, version in (
+        line.partition("==") for line in (ROOT / "requirements-clients.txt").read_text(encoding="utf-8").splitlines()
+    )
+}
+
 FROM_THE_CODE = {
     "README.md": [
         f"Python {PYTHON} or newer",
@@ -166,7 +174,17 @@ FROM_THE_CODE = {
         f"answers with {word(len(wrong_hits.CACHES) - 1)} other caches",
     ],
     "usage.md": [f"results that no program touched for {STALE} make room"],
-    "howto.md": [f"removes what no program touched for {STALE}", f"what no program in another mode used for {STALE}"],
+    "howto.md": [
+        f"| sentence-transformers | `torchcache()(model.encode)` | {CLIENTS['sentence-transformers']} |",
+        f"made with `num_classes=0` | {CLIENTS['timm']} |",
+        f"or the model | {CLIENTS['diffusers']} |",
+        f"that `get_peft_model` returned | {CLIENTS['peft']} |",
+        f"or a `LightningModule` | {CLIENTS['lightning']} |",
+        f"or what `setup_module` returns | {CLIENTS['lightning']} |",
+        f"or what `prepare` returns | {CLIENTS['accelerate']} |",
+        f"removes what no program touched for {STALE}",
+        f"what no program in another mode used for {STALE}",
+    ],
     "inputs.md": [
         f"key in its first {own_keys._WHOLE_BATCHES} batches that find rows",
         f"then for one key in {PARTS[own_keys._WATCHED_SHARE].removesuffix('th')} (always the same ones)",
@@ -328,6 +346,7 @@ NOT_FROM_THE_CODE = {
     ],
     "howto.md": [
         r'version="minilm-2024-03"',
+        r"for texts \| 5\.24 \||that holds it \| 5\.2, 3\.1 \||transforms \| 1\.6 \|",  # what was there on that day
         r"at most three compilations|three more in inference mode",  # test_compile.py
     ],
     "usage.md": [r"The first three|in three places"],
@@ -543,7 +562,8 @@ def test_what_options_mean_is_described():
 
 #: Names that are not ours, as the pages write them.
 FOREIGN = {
-    "classify_text", "collate_fn", "convert_to_tensor", "decode_images", "encode_image", "fullgraph", "fused",
+    "classify_text", "collate_fn", "convert_to_tensor", "decode_images", "device_map", "dispatch_model", "encode_image",
+    "fullgraph", "fused", "get_peft_model", "num_classes", "output_attentions", "setup_module", "use_cache",
     "hash_transform", "inplace", "load_state_dict", "metasync", "persistent_workers", "pickle_hashing", "push_to_hub",
     "random_split", "safe_load", "scale", "spectral_norm", "stride", "sync", "token_type_ids", "typed", "writemap",
 }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -212,9 +213,11 @@ class SmallBatches:
             allowed: How far they may be apart.
         """
         talks_before = collectives_done()
+        # Other threads see it when the generators of everybody give other numbers: not without need.
+        numbers = other_numbers if self._identity.sets_generators() else nullcontext
         for positions in few.batches(total):
             try:
-                with other_numbers(0):
+                with numbers(0):
                     draws = Draws([*self._identity.generators(), *call.batch.generators])
                     parts = self._compute_few(call, positions, output.results)
                     has_drawn = draws.are_there()
@@ -226,7 +229,7 @@ class SmallBatches:
                 apart = self._furthest(call, few, values, parts)
                 if apart is None or apart <= allowed:
                     return Comparison(apart, is_vacuous=apart is None)
-                with other_numbers(1):
+                with numbers(1):
                     again = self._compute_few(call, positions, output.results)
             except Exception as error:  # noqa: BLE001 - whatever a foreign forward raises for a small batch
                 if is_out_of_memory(error):

@@ -166,6 +166,9 @@ class LazyIdentity:
             generators = generators + self._built.identity.generators()
         return generators
 
+    def sets_generators(self) -> bool:
+        return self._factory.sets_generators() or (self._built is not None and self._built.identity.sets_generators())
+
     def classes(self) -> tuple[type, ...]:
         classes = self._factory.classes()
         if self._built is not None:

@@ -42,6 +42,9 @@ class FollowsState(Protocol):
     def generators(self) -> list[object]:
         """Return the random number generators that the state last seen leads to."""
 
+    def sets_generators(self) -> bool:
+        """Tell whether the code may put a random number generator back as it was."""
+
 
 class AnyIdentity(FollowsState, Protocol):
     """Names what is computed, and the state that it is computed in: the front half of every key.

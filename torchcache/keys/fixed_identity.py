@@ -123,6 +123,10 @@ class FixedIdentity:
         """Return the random number generators that were found."""
         return [] if self._findings is None else [*self._findings.generators]
 
+    def sets_generators(self) -> bool:
+        """Return False: what is one sample is computed once."""
+        return False
+
     def marks(self) -> object:
         """Return the same at all times."""
         return None

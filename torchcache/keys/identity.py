@@ -240,6 +240,10 @@ class Identity:
         """Return the random number generators that the state last seen leads to."""
         return self._tracker.generators
 
+    def sets_generators(self) -> bool:
+        """Tell whether the code may put a random number generator back as it was."""
+        return self._tracker.sets_generators
+
     def marks(self) -> object:
         """Return something that differs once a weight was changed in a way that torch counts."""
         with self._lock.raw:

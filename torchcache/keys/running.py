@@ -24,6 +24,7 @@ _BUILDERS = frozenset(
 
 #: Names with which code can make results of the state of a random number generator without drawing from it. Arrays and
 #: containers have a method ``copy`` too; the module and the function of that name are globals.
+_SETTERS_OF_GENERATORS = frozenset({"fork_rng", "set_rng_state", "set_rng_state_all", "set_state", "setstate"})
 _READERS_OF_GENERATORS = frozenset({
     "getstate", "get_state", "clone_state", "graphsafe_get_state", "bit_generator", "_bit_generator", "seed_seq",
     "_seed_seq", "initial_seed", "jumped", "deepcopy", "dumps", "__getstate__", "__reduce__", "__reduce_ex__",
@@ -213,5 +214,7 @@ def _note_function(function: types.FunctionType, owner: type | None, found: Code
     reached = {*reads.attributes, *reads.names}
     if _COPY in reads.names or not _READERS_OF_GENERATORS.isdisjoint(reached):
         found.reads_generators = True
+    if not _SETTERS_OF_GENERATORS.isdisjoint(reached):
+        found.sets_generators = True
     found.reads_of_weights |= _OF_WEIGHTS & reached
     return reached

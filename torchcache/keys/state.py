@@ -203,6 +203,11 @@ class StateTracker:
         return self._snapshot.found.generators if self._snapshot else []
 
     @property
+    def sets_generators(self) -> bool:
+        """Whether the code may put a random number generator back as it was."""
+        return self._walk is not None and self._walk.sets_generators
+
+    @property
     def unknown_names(self) -> dict[str, list[str]]:
         """Names that were to be ignored and are not in the state last seen, each with those that are there."""
         if self._snapshot is None:

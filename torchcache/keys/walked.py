@@ -38,6 +38,7 @@ class CodeWalk:
         classes: The classes of the user's own that were visited.
         talks: What the code that runs has to do with other ranks.
         reads_generators: Whether the code that runs may read the state of a random number generator.
+        sets_generators: Whether it may put one back as it was.
         reads_of_weights: Which of "requires_grad" and "grad" it may read.
         draws: What it may draw random numbers from that no seed decides.
         names_read: Which attributes it may read, of any object.
@@ -51,6 +52,7 @@ class CodeWalk:
     classes: tuple[type, ...] = ()
     talks: Talks = field(default_factory=Talks)
     reads_generators: bool = False
+    sets_generators: bool = False
     reads_of_weights: set[str] = field(default_factory=set)
     draws: Draws = field(default_factory=Draws)
     names_read: NamesRead = field(default_factory=NamesRead)
