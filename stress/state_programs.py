@@ -167,6 +167,8 @@ class Running:
         self._place = PLACES[program.place]
         self._may_refuse = self._place.is_result or (VALUES[program.value].has_code and self._place.kind == "call")
         self._is_cached = is_cached
+        # Not among the globals of the program, where code that counts all of these would come upon it.
+        self._called: Any = None
         module = types.ModuleType("program")
         sys.modules["program"] = module  # a class of its own can be imported, as in any program
         self._names = vars(module)
@@ -185,7 +187,7 @@ class Running:
             self.edit(marker + rest)
         else:
             self.edit(program.text)
-        self._names["called"] = self._cached(self._names["target"], options) if is_cached else self._names["target"]
+        self._called = self._cached(self._names["target"], options) if is_cached else self._names["target"]
 
     def _cached(self, target: Any, options: dict[str, Any]) -> Any:  # noqa: ANN401 - what a program calls
         if self._place.kind == "class":
@@ -196,6 +198,8 @@ class Running:
         """Change the program while it runs."""
         with _without_warnings():
             exec(_compiled(statements), self._names)
+        if isinstance(self._called, CachedDataset):  # whose state is found out once
+            self._called.refresh()
 
     def call(self, program: Program) -> list[Call]:
         """Make the calls of a program."""
@@ -212,11 +216,11 @@ class Running:
 
     @property
     def _cache(self) -> Cache:
-        return cache_of(self._names["called"])
+        return cache_of(self._called)
 
     def _call(self, program: Program) -> Call:
         before = self._cache.stats() if self._is_cached else CacheStats()
-        called: Callable[[Any], Any] = self._names["called"]
+        called: Callable[[Any], Any] = self._called
         if self._place.kind == "dataset":
             called = called.__getitem__  # type: ignore[attr-defined]
         try:
@@ -276,7 +280,7 @@ def replaced(program: Program) -> str | None:
         return None
     if place.is_result:
         return ""
-    return f"VALUE = make({program.number})\n{place.replace}{_refreshed(place)}"
+    return f"VALUE = make({program.number})\n{place.replace}"
 
 
 def changed(program: Program) -> str | None:
@@ -286,9 +290,4 @@ def changed(program: Program) -> str | None:
         return None
     if place.is_result:
         return f"for result in RESULTS:\n    change(result, {program.number})"
-    return f"change(VALUE, {program.number}){_refreshed(place)}"
-
-
-def _refreshed(place: Place) -> str:
-    """Say to a dataset that it was changed: its state is found out once."""
-    return "\nif hasattr(called, 'refresh'):\n    called.refresh()" if place.kind == "dataset" else ""
+    return f"change(VALUE, {program.number})"
