@@ -298,8 +298,10 @@ class WholeModules:
 
     def reach_from(self, reached: Reached) -> None:
         """Note the modules that a function has a name for, and those that text may mean which it runs."""
-        for module in (*reached.modules(), *reached.modules_of_text()):
+        for module in reached.modules():
             self.reach(module)
+        for module in reached.modules_of_text():
+            self.reach(module, has_data=False)
 
     def add_inner(self, key: str, value: types.ModuleType, owner: types.ModuleType, *, has_data: bool) -> None:
         """Note a module that another one which counts whole holds under a name."""
