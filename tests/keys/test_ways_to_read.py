@@ -439,27 +439,35 @@ MISSED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("way", MISSED)
-def test_what_code_reads_in_ways_that_could_be_missed_counts(way, monkeypatch):
-    text, change = MISSED[way]
-    name = "torchcache_test_missed"
-    program = vars(types.ModuleType(name))
-    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**program))
+def run_as_module(text, monkeypatch):
+    """Run a program as a module, where pickle looks for its classes; return its globals."""
+    module = types.ModuleType("torchcache_test_ways")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    program = vars(module)
     program["__file__"] = __file__
-    exec(compile(HEADER + text, "<user>", "exec"), program)
-    for key, value in program.items():
-        setattr(sys.modules[name], key, value)  # pickle looks here for classes
-    target = program["m"]
-    cached = torchcache(check_rows=False)(target)
-    x = torch.arange(1.0, 10).view(3, 3)
+    exec(compile(text, "<user>", "exec"), program)
+    return program
+
+
+def check_that_a_change_shows(cached, plain, change, program, x):
+    """Call before and after a change; the result is that of the plain call, and another one than before."""
     with torch.no_grad():
         for _ in range(3):
             before = cached(x)
         exec(change, program)
         with disabled():
-            expected = target(x)
+            expected = plain(x)
         assert not torch.equal(before, expected)
         assert torch.equal(cached(x), expected)
+
+
+@pytest.mark.parametrize("way", MISSED)
+def test_what_code_reads_in_ways_that_could_be_missed_counts(way, monkeypatch):
+    text, change = MISSED[way]
+    program = run_as_module(HEADER + text, monkeypatch)
+    target = program["m"]
+    x = torch.arange(1.0, 10).view(3, 3)
+    check_that_a_change_shows(torchcache(check_rows=False)(target), target, change, program, x)
 
 
 MORE_HEADER = """
@@ -486,19 +494,8 @@ MORE = {name: rest for name, _, rest in (part.partition("\n") for part in TEXT.s
 @pytest.mark.parametrize("way", MORE)
 def test_what_code_reads_where_it_is_hard_to_see_counts(way, monkeypatch):
     text, _, change = MORE[way].partition("\n---\n")
-    module = types.ModuleType("torchcache_test_more")
-    monkeypatch.setitem(sys.modules, module.__name__, module)  # pickle looks here for classes
-    program = vars(module)
-    program["__file__"] = __file__
-    exec(compile(MORE_HEADER + text, "<user>", "exec"), program)
+    program = run_as_module(MORE_HEADER + text, monkeypatch)
     called = program["m"]
     x = program["x"] = torch.rand(4, 3)
-    with torch.no_grad():
-        for _ in range(3):
-            before = called(x)
-        exec(change, program)
-        with disabled():
-            expected = called(x)
-        assert not torch.equal(before, expected)
-        assert torch.equal(called(x), expected)
-        assert cache_of(called).stats().misses
+    check_that_a_change_shows(called, called, change, program, x)
+    assert cache_of(called).stats().misses
