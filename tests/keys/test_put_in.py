@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import builtins
 import copyreg
+import json
 import textwrap
 
 import pytest
@@ -83,6 +84,17 @@ def test_of_what_is_put_in_builtins_only_what_the_code_reads_counts(monkeypatch)
     before = fingerprint()
     monkeypatch.setattr(builtins, "print", program("def put(*args): return 1")["put"])
     assert fingerprint() == before
+
+
+def test_what_lies_beside_a_function_that_is_put_in_place_of_a_librarys_does_not_count(monkeypatch):
+    target = program("def target(x): return json.dumps(x)", json=json)["target"]
+    # torch reads this name, but not there.
+    text = "def put(*args): return 1\ndef handle_torch_function(): return {}"
+    fingerprints = set()
+    for value in (2, 3):
+        monkeypatch.setattr(json, "dumps", program(text.format(value))["put"])
+        fingerprints.add(walk_code(target).fingerprint)
+    assert len(fingerprints) == 1
 
 
 def test_the_last_result_of_a_prompt_does_not_count(monkeypatch):

@@ -246,7 +246,9 @@ class Namespaces:
         if isinstance(value, type):
             self.add_class(value)
         elif isinstance(value, types.FunctionType):
-            self._add(str(value.__globals__.get("__name__")), value.__globals__)
+            # Not one of the user's own, which stands in place of one: all that lies beside it would count as put in.
+            if origin_of_function(value) is not None:
+                self._add(str(value.__globals__.get("__name__")), value.__globals__)
         elif isinstance(value, types.BuiltinFunctionType):
             self.add_module(_TABLES_OF_C.get(str(value.__module__), ""))
 
