@@ -8,6 +8,7 @@ import logging
 import os
 import queue
 import random
+import sys
 import textwrap
 import threading
 import types
@@ -169,6 +170,30 @@ CASES = {
     "the class of a module": (
         "net(x)", "net.__class__ = type('Other', (Net,), {'forward': lambda self, x: x})", "net = Net(act)",
     ),
+    "another class of an object": (
+        "helper(x)", "helper.__class__ = type('Other', (Helper,), {'__call__': lambda self, x: x * 7})",
+    ),
+    "another class of an object in a list": (
+        "listed[0](x)", "listed[0].__class__ = type('Other', (Helper,), {'__call__': lambda self, x: x * 7})",
+    ),
+    "another class of what a bound method belongs to": (
+        "run(x)", "helper.__class__ = type('Other', (Helper,), {'half': lambda self: 4})",
+        "Helper.half = lambda self: 2\nHelper.run = lambda self, x: x / self.half()\nrun = helper.run",
+    ),
+    "another class of an object of a library": (
+        "x * len(type(steps).__name__)", "steps.__class__ = torch.optim.lr_scheduler.ExponentialLR",
+        "import torch.optim\nsteps = object.__new__(torch.optim.lr_scheduler.StepLR)",
+    ),
+    "other attributes of an object, all at once": ("helper(x)", "helper.__dict__ = {'k': 9}"),
+    "other attributes of a module, all at once": (
+        "net(x)", "net.__dict__ = {**vars(net), 'act': lambda x: x * 7}", "net = Net(act)",
+    ),
+    "other modules of a module, all at once": (
+        "net(x)", "net._modules = {'0': nn.Softplus()}", "net = nn.Sequential(nn.Tanh())",
+    ),
+    "other parameters of a module, all at once": (
+        "net(x)", "net._parameters = nn.Linear(8, 8)._parameters", "net = nn.Linear(8, 8).requires_grad_(False)",
+    ),
     "a module for an empty Sequential": ("net(x)", "net.append(nn.Tanh())", "net = nn.Sequential()"),
     "a module for an empty ModuleList": (
         "functools.reduce(lambda y, f: f(y), net, x)", "net.append(nn.Tanh())", "net = nn.ModuleList()",
@@ -240,6 +265,40 @@ def test_a_change_of_what_a_function_uses_is_noticed(case, monkeypatch):
     names = program(text, os=os)
     check(names["target"], lambda: exec(change, names))
     monkeypatch.delenv("TORCHCACHE_TEST_SCALE", raising=False)
+
+
+def test_a_global_that_text_names_is_noticed(monkeypatch):
+    module = types.ModuleType("named_by_text")
+    monkeypatch.setitem(sys.modules, "named_by_text", module)
+    text = "scale = 2\ndef target(x):\n    return x * eval('sc' + 'ale')"
+    exec(compile(text, "named_by_text.py", "exec", dont_inherit=True), vars(module))
+    check(torchcache()(module.target), lambda: monkeypatch.setattr(module, "scale", 3))
+
+
+class Doubles(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Tanh()
+        self.offset = 1.0
+
+    def factor(self):
+        return 2
+
+    def forward(self, x):
+        return self.layer(x) * self.factor() + self.offset
+
+
+class Triples(Doubles):
+    def factor(self):
+        return 3
+
+
+@pytest.mark.parametrize("decorate", [torchcache(), lambda net: torchcache()(net.forward)])
+@pytest.mark.parametrize("key", ["__class__", "__dict__"])
+def test_another_class_or_other_attributes_of_what_is_cached_are_noticed(decorate, key):
+    net = Doubles()
+    value = Triples if key == "__class__" else {**vars(net), "offset": 5.0}
+    check(decorate(net), lambda: setattr(net, key, value))
 
 
 def frozen_net(*layers):

@@ -8,6 +8,7 @@ import copyreg
 import json
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -75,6 +76,37 @@ def test_another_function_in_place_of_a_librarys_is_other_code(place, monkeypatc
         put(where, key, program(f"def put(x, *args): return {body}")["put"], monkeypatch)
         fingerprints.add(walk_code(code, parts).fingerprint)
     assert len(fingerprints) == 2
+
+
+#: Where code of a library is put, which, and what calls it there.
+OF_LIBRARIES = {
+    "what the user's own code calls": (F, "softplus", F.relu, "def target(x): return F.softplus(x)"),
+    "a function of C": (torch, "sin", torch.cos, "def target(x): return torch.sin(x)"),
+    "what a layer calls": (F, "relu", F.relu6, "target = nn.Sequential(nn.ReLU())"),
+    "a method of a layer": (nn.Softsign, "forward", nn.Tanh.forward, "target = nn.Sequential(nn.Softsign())"),
+    "a method of tensors": (torch.Tensor, "tanh", torch.Tensor.sin, "def target(x): return x.tanh()"),
+}
+
+
+@pytest.mark.parametrize("place", OF_LIBRARIES)
+@pytest.mark.usefixtures("versions")
+def test_code_of_a_library_in_place_of_another_is_other_code(place, monkeypatch):
+    where, key, value, text = OF_LIBRARIES[place]
+    target = program(text, F=F)["target"]
+    check(torchcache()(target), lambda: put(where, key, value, monkeypatch), x=X * 8)
+
+
+def test_code_of_another_library_is_other_code(monkeypatch):
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    target = program("def target(x): return F.silu(x)", F=F)["target"]
+    check(torchcache()(target), lambda: monkeypatch.setattr(F, "silu", llama.rotate_half))
+
+
+def test_what_a_library_adds_to_a_class_of_another_does_not_count(monkeypatch):
+    target = program("class Target(nn.Module):\n    def forward(self, x): return x")["Target"]
+    before = walk_code(target).fingerprint
+    monkeypatch.setattr(nn.Module, "added_for_a_test", np.lib.stride_tricks.as_strided, raising=False)
+    assert walk_code(target).fingerprint == before
 
 
 def test_of_what_is_put_in_builtins_only_what_the_code_reads_counts(monkeypatch):

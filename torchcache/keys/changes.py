@@ -15,10 +15,11 @@ import sys
 import types
 import weakref
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from operator import attrgetter, getitem, is_, itemgetter
 from typing import Any
 
+from torchcache.keys.attributes import marks_of
 from torchcache.keys.origins import is_own_class
 from torchcache.keys.places import MISSING, Name
 
@@ -147,6 +148,7 @@ class Watch:
         self._classes: dict[int, type] = {}
         self._strong: dict[int, tuple[Any, dict[str, object]]] = {}
         self._weak: list[tuple[Name, int]] = []
+        self._objects: dict[int, tuple[Callable[[], object], tuple[type, int]]] = {}
         self._soft: dict[int, tuple[Any, dict[str, type]]] = {}
         self._containers: list[tuple[Name, list[int]]] = []
         self._missing: dict[int, tuple[Any, set[str]]] = {}
@@ -206,6 +208,10 @@ class Watch:
         """Note the base classes of a class."""
         self._classes[id(cls)] = cls
 
+    def add_object(self, value: object) -> None:
+        """Note of which class an object is, and which dictionary has its attributes: both can be assigned."""
+        self._objects[id(value)] = self._hold(value), marks_of(value)
+
     def _hold_codes(self, container: object, *, weak: bool) -> list[int]:
         signature = _signature(container)
         if not signature:
@@ -217,16 +223,18 @@ class Watch:
             self._kept.extend(container)
         return signature
 
-    def _hold(self, value: object, *, weak: bool = True) -> None:
-        """See to it that the object's id stays its own, or that its death is noticed."""
+    def _hold(self, value: object, *, weak: bool = True) -> Callable[[], object]:
+        """See to it that the object's id stays its own, or that its death is noticed; return what returns it."""
         if weak:
             try:
-                self._kept.append(weakref.ref(value, self._dead.append))
+                reference = weakref.ref(value, self._dead.append)
             except TypeError:
                 pass
             else:
-                return
+                self._kept.append(reference)
+                return reference
         self._kept.append(value)
+        return lambda: value
 
     # -- asking ---------------------------------------------------------------------------------------
 
@@ -268,6 +276,8 @@ class Watch:
             return True
 
         if self._weak and any(id(name.read()) != number for name, number in self._weak):
+            return True
+        if any(marks_of(read()) != marks for read, marks in self._objects.values()):
             return True
         if self._absent and not all(place.keys().isdisjoint(keys) for place, keys in self._absent):
             return True

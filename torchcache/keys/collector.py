@@ -277,8 +277,8 @@ class StateCollector(Observer):
             is_left_out = self._is_left_out(module, key, value, f"{prefix}{key}")
             if not is_left_out and key not in _MODULE_INTERNALS:
                 counted.append(key)
-        # Hooks may be replaced all at once; a mark that does not count stands for hooks that are there.
-        more = [key for key in (*_HOOKS, INSTALLED) if key in attributes and key not in counted]
+        # What holds modules, tensors and hooks may be replaced; a mark that does not count stands for hooks.
+        more = [key for key in (*_HELD_BY_MODULES, *_HOOKS, INSTALLED) if key in attributes and key not in counted]
         self._holders.watch(attributes, [*counted, *more])
 
         parts: Parts = []

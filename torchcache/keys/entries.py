@@ -32,8 +32,8 @@ def entries_of(value: Any) -> Iterator[object]:  # noqa: ANN401 - any container
 
 
 def attribute_entries_of(value: object) -> Iterator[object]:
-    """Iterate over names and values of an object's attributes."""
-    return itertools.chain.from_iterable((attributes_of(value) or {}).items())
+    """Iterate over an object's class, and names and values of its attributes."""
+    return itertools.chain((type(value),), *(attributes_of(value) or {}).items())
 
 
 def identities_of(value: Any) -> list[int]:  # noqa: ANN401 - any container

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from torchcache.errors import ConfigError
-from torchcache.keys.collectives import Talks
+from torchcache.keys.collectives import Talks, plain_class
 from torchcache.keys.digest import digest_named, digest_parts
 from torchcache.keys.key_parts import Part
 from torchcache.keys.moves import Move, show_moves
@@ -70,6 +70,13 @@ class Target:
     remedies: Mapping[str, str] = field(default_factory=dict)
     own_name: bytes = field(default_factory=_random_name)
     argument_parts: tuple[tuple[str, bytes], ...] = ()
+
+    def present_code(self) -> type | Function:
+        """Return the code that runs now: a module may be of another class by now."""
+        held = None if self.instance is None else self.instance()
+        if held is None or not isinstance(self.code, type):
+            return self.code
+        return plain_class(type(held))
 
     def as_copy(self) -> Target:
         """Return it as what is cached of a copy: what has no stable name goes its own way from here on."""
@@ -333,9 +340,9 @@ class Identity:
         if named:
             self._walk, module_hash = None, named
             # A name of the user's own says what is computed, not that every rank computes it, and by itself.
-            self._talks = self._tracker.walk(self._target.code)[0].talks if is_in_a_job() else None
+            self._talks = self._tracker.walk(self._target.present_code())[0].talks if is_in_a_job() else None
         else:
-            self._walk, roots = self._tracker.walk(self._target.code)
+            self._walk, roots = self._tracker.walk(self._target.present_code())
             self._talks = self._walk.talks
             module_hash = digest_named(self._named_parts(), front=[self._walk.fingerprint]).hex()
         salt = digest_parts([b"namespace", module_hash.encode()])

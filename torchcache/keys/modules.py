@@ -100,7 +100,7 @@ class Reached:
                 found.append(self._scope.module(str(value.__globals__.get("__name__"))))
 
         # The one of the function itself.
-        if self._may_run(_OF_OWN_MODULE):
+        if self._may_run(_OF_OWN_MODULE | _RUNNING_TEXT):
             found.append(self._scope.module(str(self._home)))
 
         by_id: dict[int, types.ModuleType] = {}
@@ -110,11 +110,11 @@ class Reached:
         return list(by_id.values())
 
     def modules_of_text(self) -> list[types.ModuleType]:
-        """Return those whose code may run because the function runs text: its own, and those that lie there."""
+        """Return those whose code may run because the function runs text: those that lie in its own."""
         own = self._scope.module(str(self._home))
         if not isinstance(own, types.ModuleType) or not self._may_run(_RUNNING_TEXT):
             return []
-        return [own, *(value for value in vars(own).values() if isinstance(value, types.ModuleType))]
+        return [value for value in vars(own).values() if isinstance(value, types.ModuleType)]
 
     def _may_run(self, functions: frozenset[str]) -> bool:
         """Tell whether it calls one of some functions, or hands it on."""

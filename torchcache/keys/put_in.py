@@ -18,6 +18,7 @@ from operator import itemgetter
 from typing import Any
 
 from torchcache.keys.changes import is_plain_type
+from torchcache.keys.displaced import Displaced
 from torchcache.keys.fast import dict_versions
 from torchcache.keys.home import Home
 from torchcache.keys.inside import BUILTIN, OPENED
@@ -100,15 +101,19 @@ class _Namespace:
     Attributes:
         label: What to call it.
         entries: The dictionary itself, which is alive as long as this.
+        origin: The distribution of it; None for a table.
         code: The code in it, by its keys.
         found: What of the user's own stands in it.
+        displaced: Names in it under which code stands that libraries defined by another name, and that code.
         tables: The tables in it, and in objects in it, by what to call them.
     """
 
     label: str
     entries: dict[Any, Any]
+    origin: str | None = None
     code: dict[Any, object] = field(default_factory=dict)
     found: dict[Any, object] = field(default_factory=dict)
+    displaced: dict[str, Displaced] = field(default_factory=dict)
     tables: dict[str, dict[Any, Any]] = field(default_factory=dict)
     classes: list[type] = field(default_factory=list)
     is_table: bool = False
@@ -132,6 +137,7 @@ class _Namespace:
                 self.found[key] = value
             elif not is_table and key != _LAST_RESULT and not _is_special(key):
                 self._add_tables(key, value)
+        self.displaced = self._displaced_now()
         self._look = version or self._reading()
         self._seen = seen or self._look()
 
@@ -140,6 +146,19 @@ class _Namespace:
         if key == _LAST_RESULT or (_is_special(key) and type(value) not in OPENED):
             return False
         return _leads_to_users(value) or (self.is_table and isinstance(key, type) and is_own_class(key))
+
+    def _displaced_now(self) -> dict[str, Displaced]:
+        """Return the names under which code of libraries stands that was defined by another one, or by another library.
+
+        In place of what a module imports, and what it gives another name, that stands from the first on.
+        """
+        if self.is_table or self.origin in (None, STANDARD):  # programs that run code put what shows output there
+            return {}
+        return {
+            key: code
+            for key, value in _items(self.entries)
+            if type(key) is str and (code := Displaced.of(value, self.label, self.origin, key)) is not None
+        }
 
     def was_assigned(self) -> bool:
         """Tell whether something may have been assigned in it since it was looked through."""
@@ -207,7 +226,7 @@ class _Namespace:
         for key, value in entries.items():
             if key not in self.found and self.code.get(key) is not value and self._is_users(key, value):
                 return True
-        return False
+        return self._displaced_now() != self.displaced
 
 
 #: Those last made, by the ids of the dictionaries, which they keep.
@@ -237,7 +256,7 @@ class Namespaces:
             if base.__flags__ & _IS_IMMUTABLE:
                 continue
             if _is_of_library(base):
-                self._add(f"{base.__module__}.{base.__qualname__}", _dict_of(base))
+                self._add(f"{base.__module__}.{base.__qualname__}", _dict_of(base), origin_of_module(base.__module__))
                 if origin_of_module(base.__module__) != STANDARD:
                     self.add_module(base.__module__)
 
@@ -248,7 +267,8 @@ class Namespaces:
         elif isinstance(value, types.FunctionType):
             # Not one of the user's own, which stands in place of one: all that lies beside it would count as put in.
             if origin_of_function(value) is not None:
-                self._add(str(value.__globals__.get("__name__")), value.__globals__)
+                name = str(value.__globals__.get("__name__"))
+                self._add(name, value.__globals__, origin_of_module(name))
         elif isinstance(value, types.BuiltinFunctionType):
             self.add_module(_TABLES_OF_C.get(str(value.__module__), ""))
 
@@ -256,15 +276,15 @@ class Namespaces:
         """Note that code of a module of a library is used."""
         module = sys.modules.get(name)
         if isinstance(module, types.ModuleType) and origin_of_module(name) is not None:
-            self._add(name, vars(module))
+            self._add(name, vars(module), origin_of_module(name))
 
-    def _add(self, label: str, entries: dict[Any, Any]) -> None:
+    def _add(self, label: str, entries: dict[Any, Any], origin: str | None = None) -> None:
         if id(entries) in self._known:
             return
         namespace = _looked_through.get(id(entries))
         # One in which something was assigned stays as it was for the walks that know it, to show them the change.
         if namespace is None or namespace.was_assigned():
-            namespace = _Namespace(label, entries)
+            namespace = _Namespace(label, entries, origin)
             if len(_looked_through) < _MOST_KEPT or id(entries) in _looked_through:
                 _looked_through[id(entries)] = namespace
         self._known[id(entries)] = namespace
@@ -304,6 +324,22 @@ class Namespaces:
     def registered(self) -> Iterator[tuple[str, list[str]]]:
         """Yield each abstract class that classes were registered with, and their names."""
         yield from self._registrations.named()
+
+    def displaced(self, names: set[str]) -> Iterator[tuple[str, list[str]]]:
+        """Yield each namespace with names under which there is other code of libraries than was defined by them.
+
+        Args:
+            names: What the code reads that was walked.
+        """
+        of_libraries: dict[str | None, set[str]] = {}
+        for namespace in self._known.values():
+            of_libraries.setdefault(namespace.origin, set()).update(namespace.names_read())
+        for namespace in self._known.values():
+            read = of_libraries[namespace.origin]
+            displaced = namespace.displaced.items()
+            found = sorted(f"{key} {code.name}" for key, code in displaced if code.is_meant(key, read, names))
+            if found:
+                yield namespace.label, found
 
     def watch(self) -> NamespaceWatch:
         """Return what notices that something else of the user's own stands in one of them."""

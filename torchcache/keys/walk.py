@@ -391,6 +391,7 @@ class Walk:
         """Visit the class of an object, and the code that lies in its attributes."""
         if self.trail.again("object", value, label):
             return
+        self._watch.add_object(value)
         self.visit_class(type(value))
         self.visited.object_classes.append(type(value))
         if is_module(value):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from torchcache.keys.attributes import slots_of
+from torchcache.keys.attributes import marks_of, slots_of
 from torchcache.keys.entries import (
     MARSHALLED,
     attribute_entries_of,
@@ -59,6 +59,8 @@ class Watched:
         self._known: dict[int, bool] = {}  # containers by id, and whether what lies inside is taken care of
         self._known_objects: set[int] = set()  # an object may be a container, or registered, and have attributes too
         self._known_contents: set[int] = set()
+        self._objects: list[object] = []  # of which the class, or the dictionary of attributes, may be replaced
+        self._marks: list[tuple[type, int]] = []
         self._entries_left = MOST_ENTRIES
         self._bytes_left = MOST_BYTES
         self._dicts: list[tuple[dict[Any, Any], Callable[[Any], object]]] = []  # compared only where one was changed
@@ -126,6 +128,7 @@ class Watched:
             return
 
         self._entries_left -= size
+        self._objects.append(value)
         if plain is not None:
             self.holders.watch(plain, [name for name in names if name in plain])
         if slots_of(type(value)):
@@ -172,6 +175,7 @@ class Watched:
         self._in_dicts = [way(value) for value, way in self._dicts]
         self._containers_in_turn.remember()
         self._arrays_in_turn.remember()
+        self._marks = list(map(marks_of, self._objects))
         self._seen = self._read()
         self._seen_large = [read() for read in self._large_contents]
         self._questions = self._needed_questions()
@@ -179,6 +183,8 @@ class Watched:
     def _needed_questions(self) -> list[Callable[[], bool]]:
         """Return what to ask at each call, in this order: most states hold little that has to be asked for."""
         questions = [self.holders.have_moved]
+        if self._objects:
+            questions.append(self._objects_moved)
         if self._dicts:
             questions.append(self._dicts_moved)
         if self._dumped or self._listed or self._arrays or self._contents:
@@ -197,6 +203,9 @@ class Watched:
             if has_moved():
                 return True
         return False
+
+    def _objects_moved(self) -> bool:
+        return list(map(marks_of, self._objects)) != self._marks
 
     def _dicts_moved(self) -> bool:
         versions = self._read_versions() if self._read_versions else b""
