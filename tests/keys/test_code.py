@@ -318,10 +318,8 @@ def in_a_child(tmp_path, *flags, **environment):
 
 @pytest.mark.slow
 def test_other_processes_and_other_hash_seeds_give_the_same_fingerprint(tmp_path):
-    names = run(BASE + SETS)
-    here = [walk_code(names[n]).fingerprint.hex() for n in ("Target", "target", "target_wrapped", "sets")]
-    assert in_a_child(tmp_path, PYTHONHASHSEED="1") == here
-    assert in_a_child(tmp_path, PYTHONHASHSEED="2") == here
+    found = {tuple(in_a_child(tmp_path, PYTHONHASHSEED=str(seed))) for seed in range(3)}
+    assert len(found) == 1
 
 
 @pytest.mark.slow

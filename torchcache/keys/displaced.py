@@ -1,7 +1,7 @@
 """Code of libraries that stands in their namespaces where other code was defined, as that of a faster kernel does.
 
-What is defined in a namespace counts by the version of its library. What was put there by another library, or is that
-library's under another name, is told by where it was defined. This module does not import torch.
+What is defined in a namespace counts by the version of its library. What has another name there than it was defined by,
+or was set on a class by another library, is told by where it was defined. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -11,17 +11,23 @@ import types
 from dataclasses import dataclass
 
 from torchcache.keys.origins import STANDARD, origin_of_module
+from torchcache.keys.reach import ASIDE
 
 _OF_C = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+
+#: What does not run in a forward. Libraries wrap it once they are used, as Lightning does with ``torch.compile``, and
+#: that with the constructor of modules.
+_COMPUTING_NOTHING = ASIDE | {"compile"}
 
 
 @dataclass(frozen=True, slots=True)
 class Displaced:
-    """Code of a library that stands in a namespace, and was defined by another name or by another library.
+    """Code of a library that stands in a namespace, and was defined by another name, or for a class by another library.
 
     Attributes:
         name: Where it was defined, and as what.
-        is_added: Whether another library put it into a class, where it may stand in place of nothing.
+        is_added: Whether another library put it into a class, where it may stand in place of nothing: it counts if
+            code of the class's own library reads the name.
     """
 
     name: str
@@ -38,7 +44,7 @@ class Displaced:
             key: The name.
         """
         kind = type(value)
-        if not issubclass(kind, (types.FunctionType, type, *_OF_C)):
+        if key in _COMPUTING_NOTHING or not issubclass(kind, (types.FunctionType, type, *_OF_C)):
             return None
         name = str(getattr(value, "__qualname__", ""))
         if isinstance(value, types.FunctionType):
@@ -48,10 +54,7 @@ class Displaced:
             module = str(getattr(value, "__module__", None) or "")
             has_name = name.rpartition(".")[2] == key
         origin = origin_of_module(module)
-        if origin == STANDARD or (origin == library and has_name):
+        is_other = origin != library and namespace not in sys.modules  # a module has by name what it imports
+        if origin == STANDARD or (has_name and not is_other):
             return None
-        return cls(f"{module}.{name}", origin != library and namespace not in sys.modules)
-
-    def is_meant(self, key: str, of_library: set[str], names: set[str]) -> bool:
-        """Tell whether code may mean it that reads some names: of the same library, or any code that is walked."""
-        return key in of_library or (not self.is_added and key in names)
+        return cls(f"{module}.{name}", is_other)

@@ -325,21 +325,20 @@ class Namespaces:
         """Yield each abstract class that classes were registered with, and their names."""
         yield from self._registrations.named()
 
-    def displaced(self, names: set[str]) -> Iterator[tuple[str, list[str]]]:
-        """Yield each namespace with names under which there is other code of libraries than was defined by them.
-
-        Args:
-            names: What the code reads that was walked.
-        """
-        of_libraries: dict[str | None, set[str]] = {}
+    def displaced(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield each namespace with names under which there is other code of libraries than was defined by them."""
         for namespace in self._known.values():
-            of_libraries.setdefault(namespace.origin, set()).update(namespace.names_read())
-        for namespace in self._known.values():
-            read = of_libraries[namespace.origin]
-            displaced = namespace.displaced.items()
-            found = sorted(f"{key} {code.name}" for key, code in displaced if code.is_meant(key, read, names))
+            found = [
+                f"{key} {code.name}"
+                for key, code in sorted(namespace.displaced.items())
+                if not code.is_added or key in self._names_read_by(namespace.origin)
+            ]
             if found:
                 yield namespace.label, found
+
+    def _names_read_by(self, library: str | None) -> set[str]:
+        """Return the names that code of a library reads, of which a namespace is known."""
+        return set[str]().union(*(known.names_read() for known in self._known.values() if known.origin == library))
 
     def watch(self) -> NamespaceWatch:
         """Return what notices that something else of the user's own stands in one of them."""

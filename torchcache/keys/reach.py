@@ -12,7 +12,7 @@ from torchcache.keys.reads import all_codes, reads_of
 
 #: Methods that run when an object is made, and those that run when it is copied, stored, shown or thrown away.
 _MAKING = ("__new__", "__init__", "__post_init__")
-_ASIDE = frozenset({
+ASIDE = frozenset({
     *_MAKING, "__copy__", "__deepcopy__", "__del__", "__dir__", "__getnewargs__", "__getnewargs_ex__", "__getstate__",
     "__init_subclass__", "__reduce__", "__reduce_ex__", "__repr__", "__set_name__", "__setstate__", "__sizeof__",
     "__str__",
@@ -127,9 +127,9 @@ class Reach:
                 continue
             self._live.add(base)
             self._use(type(base))
-            skipped = _ASIDE
+            skipped = ASIDE
             if self._is_map and defines(cls, "__getitem__"):
-                skipped = _ASIDE | _ITERATING
+                skipped = ASIDE | _ITERATING
             for name in tuple(vars(base)):
                 if name == "forward" or (name.startswith("__") and name not in skipped):
                     self._run_method(base, name)
