@@ -190,7 +190,9 @@ def check_of(module: nn.Module) -> Callable[[], object]:
 
 def comparison_of(module: nn.Module) -> Callable[[], object]:
     """Return the part of the check that compares with what was seen last."""
-    return cache_of(module)._core.identity.has_moved
+    identity = cache_of(module)._core.identity
+    seen = identity.look()
+    return lambda: identity.has_moved(seen)
 
 
 def full_walk_of(module: nn.Module) -> Callable[[], object]:

@@ -347,11 +347,11 @@ _OFFSET = _find_fields()
 _View = ctypes.c_char * (3 * ctypes.sizeof(ctypes.c_size_t))
 
 
-def _view(function: types.FunctionType) -> ctypes.Array[ctypes.c_char] | bytes:
+def _view(function: types.FunctionType) -> memoryview | bytes:
     """Return a live view of a function's code and defaults; whoever has it keeps the function."""
     if _OFFSET is None:
         return b""
-    return _View.from_address(id(function) + _OFFSET)
+    return memoryview(_View.from_address(id(function) + _OFFSET))
 
 
 def _has_fields(function: types.FunctionType, fields: tuple[object, ...]) -> bool:

@@ -325,16 +325,12 @@ class Namespaces:
         """Yield each abstract class that classes were registered with, and their names."""
         yield from self._registrations.named()
 
-    def displaced(self) -> Iterator[tuple[str, list[str]]]:
-        """Yield each namespace with names under which there is other code of libraries than was defined by them."""
+    def displaced(self) -> Iterator[str]:
+        """Yield where in namespaces other code of libraries stands than was defined by that name, and what it is."""
         for namespace in self._known.values():
-            found = [
-                f"{key} {code.name}"
-                for key, code in sorted(namespace.displaced.items())
-                if not code.is_added or key in self._names_read_by(namespace.origin)
-            ]
-            if found:
-                yield namespace.label, found
+            for key, code in sorted(namespace.displaced.items()):
+                if not code.is_added or key in self._names_read_by(namespace.origin):
+                    yield f"{namespace.label}.{key} {code.name}"
 
     def _names_read_by(self, library: str | None) -> set[str]:
         """Return the names that code of a library reads, of which a namespace is known."""

@@ -31,7 +31,8 @@ def versions_of(dictionaries: Iterable[dict[str, Any]]) -> Reader | None:
 
 
 def _reader(dictionaries: Iterable[dict[str, Any]]) -> Reader:
-    views = [(ctypes.c_char * _SIZE).from_address(id(d) + _OFFSET) for d in dictionaries]
+    # Of a memoryview, bytes are had a quarter faster than of what it shows.
+    views = [memoryview((ctypes.c_char * _SIZE).from_address(id(d) + _OFFSET)) for d in dictionaries]
     return lambda: b"".join(views)
 
 

@@ -57,7 +57,7 @@ def memory_of(tensor: torch.Tensor) -> memoryview | None:
     return None if place is None else _memory_at(*place)
 
 
-def probes_of(tensor: torch.Tensor) -> Iterator[ctypes.Array[ctypes.c_char]]:
+def probes_of(tensor: torch.Tensor) -> Iterator[memoryview]:
     """Yield the first and last bytes of a tensor in host memory, as live views.
 
     They are read only while the tensor's pointer is unchanged, so they cannot outlive its memory.
@@ -67,10 +67,10 @@ def probes_of(tensor: torch.Tensor) -> Iterator[ctypes.Array[ctypes.c_char]]:
         return
     pointer, size = place
     first = min(size, PROBE_BYTES)
-    yield (ctypes.c_char * first).from_address(pointer)
+    yield _memory_at(pointer, first)
     if size > first:
         last = min(size - first, PROBE_BYTES)
-        yield (ctypes.c_char * last).from_address(pointer + size - last)
+        yield _memory_at(pointer + size - last, last)
 
 
 def is_freed(tensor: torch.Tensor) -> bool:
