@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from stress.suites import SUITES, keys
+from stress.suites import SUITES, forms, keys, state
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -88,6 +89,14 @@ def test_every_kind_of_case_gets_its_turn(tmp_path):
     assert verdict["hits"] == verdict["expected"] > 30
     assert verdict["violations"] == verdict["wrong_results"] == verdict["shared_keys"] == verdict["split_keys"] == 0
     assert lines[1:] == ["stress: 1 passed, 0 failed"]
+
+
+@pytest.mark.parametrize("pairs", [keys.PAIRS, forms.PAIRS, state.PAIRS], ids=["keys", "forms", "state"])
+def test_each_value_gets_a_case_before_any_gets_two(pairs):
+    deck = [pairs.counted_as(kind) for kind in pairs.deck(random.Random(1))]
+    n = len(set(deck))
+    assert n == len(pairs.tally().kinds)
+    assert len(set(deck[:n])) == n
 
 
 @pytest.mark.parametrize(
