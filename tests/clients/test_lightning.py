@@ -110,6 +110,53 @@ def test_frozen_children_are_found_by_the_next_training(tmp_path):
             assert not any("torchcache" in key for key in one["checkpoint"])
 
 
+def train_on_two_ranks(folder, mode):
+    """Train on two processes, of which Lightning starts the second; each prints its hits and misses."""
+    import lightning
+
+    class Whole(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            encoder = nn.Sequential(nn.Linear(4, 4), nn.GELU()).eval().requires_grad_(False)
+            self.encoder = torchcache(persistent=True, persistent_cache_dir=folder / "cache", mode=mode)(encoder)
+            self.head = nn.Linear(4, 1)
+
+        def training_step(self, batch, index):
+            return self.head(self.encoder(batch[0])).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.head.parameters(), 0.1)
+
+    warnings.simplefilter("ignore")
+    torch.manual_seed(0)
+    whole = Whole()
+    data = torch.utils.data.TensorDataset(torch.rand(N_ROWS, 4, generator=torch.Generator().manual_seed(0)))
+    trainer = lightning.Trainer(
+        max_epochs=3, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    trainer.fit(whole, torch.utils.data.DataLoader(data, 2))
+    cache = cache_of(whole.encoder)
+    stats = cache.stats()
+    cache.close()
+    return {
+        "rank": trainer.global_rank, "hits": stats.hits, "misses": stats.misses, "bypasses": dict(stats.bypasses),
+    }  # fmt: skip
+
+
+def test_two_ranks_share_what_they_computed(tmp_path):
+    each = N_ROWS // 2  # of an epoch
+    for seed, mode in enumerate(("on", "require")):
+        output = run_program("tests.clients.test_lightning", tmp_path, mode, "ranks", seed=seed)
+        trained = {
+            one["rank"]: one for one in map(json.loads, filter(lambda s: s.startswith("{"), output.splitlines()))
+        }
+        assert set(trained) == {0, 1}, output
+        for one in trained.values():
+            misses = each if mode == "on" else 0
+            assert (one["misses"], one["hits"], one["bypasses"]) == (misses, 3 * each - misses, {})
+
+
 def make_encoder(forward):
     import lightning
 
@@ -150,5 +197,7 @@ def test_a_note_that_nothing_reads_may_change():
 
 
 if __name__ == "__main__":
-    for trained in programs(Path(sys.argv[1]), sys.argv[2]):
+    folder, mode = Path(sys.argv[1]), sys.argv[2]
+    told = [train_on_two_ranks(folder, mode)] if sys.argv[3:] == ["ranks"] else programs(folder, mode)
+    for trained in told:
         print(json.dumps(trained), flush=True)

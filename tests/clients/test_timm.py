@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import sys
-from functools import cache, partial
-from pathlib import Path
+from functools import partial
 
 import pytest
 import torch
 
 from tests.clients.two_programs import Model, problems_in_two_programs
-
-#: Where tox.ini puts torchvision, which timm imports.
-TORCHVISION = Path(sys.prefix) / "torchvision"
-
-
-@cache
-def timm():
-    """Import timm, and with it torchvision, which describes operators that are not there; nothing here calls them."""
-    library = torch.library.Library("torchvision", "DEF")
-    for operator in ("nms", "qnms"):
-        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    sys.path.append(str(TORCHVISION))
-    return importlib.import_module("timm"), library
+from tests.clients.with_torchvision import TORCHVISION, import_with_torchvision
 
 
 def make(name, side, **options):
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(4, 3, side, side, generator=generator)
-    return Model(timm()[0].create_model(name, pretrained=False, num_classes=0, **options), {"x": images})
+    return Model(
+        import_with_torchvision("timm").create_model(name, pretrained=False, num_classes=0, **options), {"x": images}
+    )
 
 
 #: Small depths and images: what is tried is code and state.
@@ -45,6 +32,10 @@ MODELS = {
         ("efficientnet_b0", 32, {}),
         ("mobilenetv3_small_050", 32, {}),
         ("regnetx_002", 32, {}),
+        ("swin_tiny_patch4_window7_224", 32, {"img_size": 32, "window_size": 4, "depths": (1, 1), "num_heads": (2, 4)}),
+        ("mixer_s32_224", 64, {"img_size": 64}),
+        ("densenet121", 32, {"block_config": (1, 1)}),
+        ("repvgg_a0", 32, {}),
     )
 }
 

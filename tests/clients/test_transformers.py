@@ -68,6 +68,9 @@ MODELS = {
     "Roberta": text("Roberta"),
     "DebertaV2": text("DebertaV2"),
     "Electra": text("Electra", embedding_size=16),
+    "Albert": text("Albert", embedding_size=16),
+    "MPNet": text("MPNet"),
+    "Mistral": text("Mistral", decoded(), head_dim=8, num_key_value_heads=1),
     "ModernBert": text("ModernBert", global_attn_every_n_layers=2),
     "DistilBert": lambda: make(
         "DistilBert", ("DistilBertConfig", {"vocab_size": 50, "dim": 16, "n_layers": 1, "n_heads": 2}), tokens()
@@ -84,6 +87,7 @@ MODELS = {
         tokens(),
     ),
     "ViT": picture("ViT"),
+    "ViTMSN": picture("ViTMSN"),
     "Dinov2": picture("Dinov2"),
     "DeiT": picture("DeiT"),
     "Beit": picture("Beit"),

@@ -177,6 +177,7 @@ FROM_THE_CODE = {
     "howto.md": [
         f"| sentence-transformers | `torchcache()(model.encode)` | {CLIENTS['sentence-transformers']} |",
         f"made with `num_classes=0` | {CLIENTS['timm']} |",
+        f"`model.encode_image` or `model.encode_text` | {CLIENTS['open_clip_torch']} |",
         f"or the model | {CLIENTS['diffusers']} |",
         f"that `get_peft_model` returned | {CLIENTS['peft']} |",
         f"or a `LightningModule` | {CLIENTS['lightning']} |",
@@ -346,7 +347,7 @@ NOT_FROM_THE_CODE = {
     ],
     "howto.md": [
         r'version="minilm-2024-03"',
-        r"for texts \| 5\.24 \||that holds it \| 5\.2, 3\.1 \||transforms \| 1\.6 \|",  # what was there on that day
+        r"for texts \| 5\.24 \||in its class \| 5\.24 \||that holds it \| 5\.2, 3\.1 \||transforms \| 1\.6 \|",  # what was there on that day
         r"at most three compilations|three more in inference mode",  # test_compile.py
     ],
     "usage.md": [r"The first three|in three places"],
