@@ -738,6 +738,7 @@ class Call(Plain):
 
 
 Color = enum.Enum("Color", {f"COLOR_{i}": i for i in range(30)})
+Bits = enum.Flag("Bits", "A B C D E")
 
 
 def local_class(v):
@@ -1159,7 +1160,7 @@ _OWN = _group(
           "value.value.a = v"),
     Value("enum member with an attribute", "with_unit(enum.Enum('Color', {'RED': 1}).RED, v)", "value.unit",
           "value.unit = v"),
-    Value("flags", "enum.Flag('Bits', 'A B C D E')(v)", "value.value"),
+    Value("flags", "Bits(v)", "value.value"),
     Value("IntEnum with an attribute", "with_unit(enum.IntEnum('Step', {'ONE': 1}).ONE, v)", "value.unit",
           "value.unit = v"),
     Value("40 objects in each other", "nested_objects(v)", "innermost_object(value).a",
