@@ -44,16 +44,30 @@ def test_another_dictionary_is_seen(make):
     objects = [make() for _ in range(3)]
     before = [vars(held) for held in objects]
     read = attribute_dicts.reader_of(objects)
-    seen = read()
+    seen = read(objects)
     objects[1].some = 1
-    assert read() == seen
+    assert read(objects) == seen
     if not isinstance(objects[1], types.SimpleNamespace):  # whose dictionary cannot be assigned
         objects[1].__dict__ = dict(before[1])
-        assert read() != seen
+        assert read(objects) != seen
         objects[1].__dict__ = before[1]
-        assert read() == seen
+        assert read(objects) == seen
 
 
 @pytest.mark.skipif(sys.implementation.name != "cpython", reason="other interpreters keep it elsewhere")
 def test_where_the_pointer_lies_it_is_found():
     assert [attribute_dicts._view_of(make()) for make in MAKE].count(None) == 0
+
+
+def test_a_dictionary_that_is_made_anew_each_time_is_no_change():
+    class Shown:
+        @property
+        def __dict__(self):
+            return {}
+
+    objects = [Shown(), Slotted()]
+    read = attribute_dicts.reader_of(objects)
+    seen = read(objects)
+    assert read(objects) == seen
+    objects[1].__dict__ = {}
+    assert read(objects) != seen

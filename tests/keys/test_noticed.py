@@ -188,6 +188,21 @@ CASES = {
     "other attributes of a module, all at once": (
         "net(x)", "net.__dict__ = {**vars(net), 'act': lambda x: x * 7}", "net = Net(act)",
     ),
+    "other attributes of a function, all at once": (
+        "x * step.k", "step.__dict__ = {'k': 9}", "def step(): pass\nstep.k = 2",
+    ),
+    "other attributes of a tensor, all at once": (
+        "x * w * w.scale", "w.__dict__ = {'scale': 3}", "w = torch.ones(8); w.scale = 2",
+    ),
+    "another class of a class": (
+        "Made.run(x)", "Made.__class__ = type('Other', (type,), {'run': lambda cls, x: x * 3})",
+        "Meta = type('Meta', (type,), {'run': lambda cls, x: x * 2})\nclass Made(metaclass=Meta): pass",
+    ),
+    "another class of a module made by hand": (
+        "made.run(x)",
+        "made.__class__ = type('Other', (types.ModuleType,), {'__getattribute__': lambda *_: lambda x: x * 5})",
+        "made = types.ModuleType('made'); made.run = lambda x: x * 2",
+    ),
     "other modules of a module, all at once": (
         "net(x)", "net._modules = {'0': nn.Softplus()}", "net = nn.Sequential(nn.Tanh())",
     ),
@@ -299,6 +314,25 @@ def test_another_class_or_other_attributes_of_what_is_cached_are_noticed(decorat
     net = Doubles()
     value = Triples if key == "__class__" else {**vars(net), "offset": 5.0}
     check(decorate(net), lambda: setattr(net, key, value))
+
+
+ANEW = [
+    """
+    def __getattribute__(self, name):
+        found = object.__getattribute__(self, name)
+        return dict(found) if name == '__dict__' else found
+    """,
+    "    __dict__ = property(lambda self: {})",
+]
+
+
+@pytest.mark.parametrize("text", ANEW)
+def test_an_object_that_shows_other_attributes_each_time_stands_still(text):
+    text = f"class Shown:\n{text}\n    def run(self, x): return x * 2\nshown = Shown()\n"
+    names = program(f"{text}@torchcache()\ndef target(x):\n    return shown.run(x)")
+    for _ in range(5):
+        names["target"](X)
+    assert cache_of(names["target"]).stats().hits == 4 * len(X)
 
 
 def frozen_net(*layers):

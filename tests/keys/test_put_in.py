@@ -6,7 +6,9 @@ import abc
 import builtins
 import copyreg
 import json
+import math
 import textwrap
+from functools import partial
 
 import numpy as np
 import pytest
@@ -85,6 +87,16 @@ OF_LIBRARIES = {
     "what a layer calls": (F, "relu", F.relu6, "target = nn.Sequential(nn.ReLU())"),
     "a method of a layer": (nn.Softsign, "forward", nn.Tanh.forward, "target = nn.Sequential(nn.Softsign())"),
     "a method of tensors": (torch.Tensor, "tanh", torch.Tensor.sin, "def target(x): return x.tanh()"),
+    "an operator": (torch.Tensor, "__add__", torch.Tensor.__sub__, "def target(x): return x + 2"),
+    "a class": (nn, "SiLU", nn.Tanh, "def target(x): return nn.SiLU()(x)"),
+    "an object": (F, "silu", nn.Tanh(), "def target(x): return F.silu(x)"),
+    "a partial": (F, "silu", partial(F.leaky_relu, negative_slope=-3.0), "def target(x): return F.silu(x)"),
+    "an operator of torch.ops": (F, "silu", torch.ops.aten.tanh.default, "def target(x): return F.silu(x)"),
+    "what torch's own code calls": (torch._C._nn, "silu", torch.tanh, "def target(x): return F.silu(x)"),
+    "a module in torch": (torch.linalg, "norm", torch.sum, "def target(x): return torch.linalg.norm(x, dim=-1)"),
+    "a function of NumPy": (np, "mean", np.sum, "def target(x): return torch.from_numpy(np.mean(x.numpy(), -1))"),
+    "a ufunc": (np, "sin", np.cos, "def target(x): return torch.from_numpy(np.sin(x.numpy()))"),
+    "a function of the standard library": (math, "sin", math.cos, "def target(x): return x * math.sin(1)"),
 }
 
 
@@ -92,8 +104,27 @@ OF_LIBRARIES = {
 @pytest.mark.usefixtures("versions")
 def test_code_of_a_library_in_place_of_another_is_other_code(place, monkeypatch):
     where, key, value, text = OF_LIBRARIES[place]
-    target = program(text, F=F)["target"]
+    target = program(text, F=F, math=math)["target"]
     check(torchcache()(target), lambda: put(where, key, value, monkeypatch), x=X * 8)
+
+
+@pytest.mark.parametrize("where", [np, torch.linalg])
+def test_a_function_of_ones_own_in_place_of_one_in_c_is_noticed(where, monkeypatch):
+    key = "sin" if where is np else "inv"
+    text = {
+        "sin": "def target(x): return torch.from_numpy(np.sin(x.numpy()))",
+        "inv": "def target(x): return torch.linalg.inv(torch.diag_embed(x))",
+    }[key]
+    put_in = program("def put(x): return x * 3")["put"]
+    check(torchcache()(program(text)["target"]), lambda: monkeypatch.setattr(where, key, put_in))
+
+
+@pytest.mark.parametrize("key", ["__compiled_fn_1_3d4cc01b", "__resume_at_30_2"])
+def test_what_dynamo_puts_where_it_compiles_does_not_count(key, monkeypatch):
+    target = program("def target(x): return F.silu(x)", F=F)["target"]
+    walk = walk_code(target)
+    put(F, key, program("def put(x): return getattr(x, 'a')")["put"], monkeypatch)
+    assert walk_code(target).fingerprint == walk.fingerprint
 
 
 def test_code_of_another_library_is_other_code(monkeypatch):

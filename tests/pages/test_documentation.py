@@ -347,7 +347,8 @@ NOT_FROM_THE_CODE = {
     ],
     "howto.md": [
         r'version="minilm-2024-03"',
-        r"for texts \| 5\.24 \||in its class \| 5\.24 \||that holds it \| 5\.2, 3\.1 \||transforms \| 1\.6 \|",  # what was there on that day
+        # What was there on that day.
+        r"for texts \| 5\.24 \||in its class \| 5\.24 \||that holds it \| 5\.2, 3\.1 \||transforms \| 1\.6 \|",
         r"at most three compilations|three more in inference mode",  # test_compile.py
     ],
     "usage.md": [r"The first three|in three places"],

@@ -63,8 +63,3 @@ def _bytes_beside_attributes(cls: type) -> int:
     has_dict = bool(cls.__dictoffset__) and not cls.__flags__ & _MANAGED_DICT
     has_weakrefs = bool(cls.__weakrefoffset__) and not cls.__flags__ & _MANAGED_WEAKREF
     return cls.__basicsize__ - (len(slots_of(cls)) + has_dict + has_weakrefs) * _POINTER_BYTES
-
-
-def marks_of(value: object) -> tuple[type, int]:
-    """Return the class of an object and the identity of the dictionary of its attributes: both can be assigned."""
-    return type(value), id(getattr(value, "__dict__", None))

@@ -125,7 +125,8 @@ def _walk(target: type | Callable[..., object], parts: list[object], entry: str)
     _visit_put_in(walk)
     for label, names in walk.namespaces.registered():
         walk.trail.say(f"registered with {label}", *names)
-    walk.trail.say("libraries' code by another name", *walk.namespaces.displaced())
+    if displaced := list(walk.namespaces.displaced()):
+        walk.trail.say("libraries' code by another name", *displaced)
     walk.trail.found.watch_namespaces(walk.namespaces.watch())
     for label, words in parts_asked_for(visited.named_functions(), visited.classes):
         walk.trail.say(label, *words)

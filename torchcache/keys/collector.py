@@ -374,6 +374,7 @@ class StateCollector(Observer):
             return self._refer_to_tensor(value, path)
         # What somebody hung on a tensor, such as the scale of a weight in float8.
         self._holders.watch(vars(value), notes)
+        self.watched.add_object(value)
         referred = self._refer_to_tensor(value, path)
         return digest_parts([referred, self._encode(notes, f"{path}.__dict__")])
 

@@ -17,6 +17,7 @@ from torchcache.keys.collectives import Talks, plain_class
 from torchcache.keys.digest import digest_named, digest_parts
 from torchcache.keys.key_parts import Part
 from torchcache.keys.moves import Move, show_moves
+from torchcache.keys.put_in import Namespaces
 from torchcache.keys.ranks import is_in_a_job
 from torchcache.keys.state import StateTracker
 from torchcache.keys.time_limit import TakesTooLongError
@@ -36,6 +37,16 @@ _ARGUMENTS = "construction arguments"
 
 #: So much of what is evidence for a reason is said.
 _MOST_SHOWN = 3
+
+
+def _remember_torch() -> None:
+    """Remember how torch comes, when this is imported: a program puts something there later."""
+    namespaces = Namespaces()
+    namespaces.add_class(torch.nn.Module)
+    namespaces.remember()
+
+
+_remember_torch()
 
 
 def _random_name() -> bytes:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torchcache.keys.home import Home
-from torchcache.keys.origins import find_origin, origin_of_class, origin_of_module
+from torchcache.keys.origins import find_origin, origin_of_class, origin_of_function, origin_of_module
 from torchcache.keys.ours import unwrap
 from torchcache.keys.places import MISSING, ItemsOf, Name, package_of
 from torchcache.keys.reads import Reads
@@ -160,7 +160,26 @@ def names_in_module(
             yield from names_in_module(value, f"{label}.{key}", reads, home, is_own=is_own, above=within)
 
 
-def chains_of(function: types.FunctionType, reads: Reads) -> Iterator[tuple[object, str, str]]:
+def missing_attributes(function: types.FunctionType, reads: Reads, home: Home) -> Iterator[Name]:
+    """Yield attributes of functions of the user's own that code reads and that are not there yet."""
+    for owner, label, key in _chains_of(function, reads):
+        is_own = isinstance(owner, types.FunctionType) and home.is_own(origin_of_function(owner))
+        if is_own and key not in vars(owner) and not hasattr(owner, key):
+            yield Name(f"{label}.{key}", vars(owner), key)
+
+
+def callables_of_libraries(
+    function: types.FunctionType, reads: Reads, home: Home
+) -> Iterator[tuple[types.ModuleType, Name]]:
+    """Yield what can be called that code reads as an attribute of a module of a library, and that module."""
+    for owner, label, key in _chains_of(function, reads):
+        if isinstance(owner, types.ModuleType) and not home.is_own(origin_of_module(owner.__name__)):
+            name = Name(f"{label}.{key}", vars(owner), key)
+            if callable(name.read()):
+                yield owner, name
+
+
+def _chains_of(function: types.FunctionType, reads: Reads) -> Iterator[tuple[object, str, str]]:
     """Yield what an attribute is read of by way of a global and modules, what that is called, and the attribute."""
     for root, *keys in reads.chains:
         owner, label = function.__globals__.get(root), root

@@ -261,6 +261,11 @@ def script_of(value: object) -> str | None:
     return "\n".join(line.partition(" # ")[0] for line in graph.splitlines())
 
 
+def last_name(label: str) -> str:
+    """Return the name that code reads of a label."""
+    return label.rpartition(".")[2]
+
+
 def label_inside(label: str, key: str) -> str:
     """Name what lies in a wrapper: the one function in it as the wrapper itself, which code calls by that name."""
     return label if key in _WRAPPED else f"{label}.{key}"

@@ -18,7 +18,7 @@ from operator import itemgetter
 from typing import Any
 
 from torchcache.keys.changes import is_plain_type
-from torchcache.keys.displaced import Displaced
+from torchcache.keys.displaced import Displaced, changed, remember
 from torchcache.keys.fast import dict_versions
 from torchcache.keys.home import Home
 from torchcache.keys.inside import BUILTIN, OPENED
@@ -36,7 +36,7 @@ from torchcache.keys.ours import unwrap
 from torchcache.keys.reads import all_codes
 
 #: The modules of torch that code of all libraries uses.
-_OF_ALL = ("builtins", "torch", "torch.nn.functional")
+_OF_ALL = ("builtins", "torch", "torch.nn.functional", "torch._C._nn")
 
 #: Functions of C, by their modules, and the module of the table that they look into.
 _TABLES_OF_C = {"_pickle": "copyreg"}
@@ -325,12 +325,18 @@ class Namespaces:
         """Yield each abstract class that classes were registered with, and their names."""
         yield from self._registrations.named()
 
-    def displaced(self) -> Iterator[str]:
-        """Yield where in namespaces other code of libraries stands than was defined by that name, and what it is."""
+    def remember(self) -> None:
+        """Remember which functions have other names by now than they were defined by: that is how torch comes."""
         for namespace in self._known.values():
-            for key, code in sorted(namespace.displaced.items()):
-                if not code.is_added or key in self._names_read_by(namespace.origin):
-                    yield f"{namespace.label}.{key} {code.name}"
+            namespace.look_through()
+            remember(namespace.label, namespace.displaced)
+
+    def displaced(self) -> Iterator[str]:
+        """Yield where in namespaces other functions of libraries stand than came with them, and which."""
+        for namespace in self._known.values():
+            for key, code in changed(namespace.label, namespace.displaced):
+                if code is None or not code.is_added or key in self._names_read_by(namespace.origin):
+                    yield f"{namespace.label}.{key} {code.name if code else ''}"
 
     def _names_read_by(self, library: str | None) -> set[str]:
         """Return the names that code of a library reads, of which a namespace is known."""
@@ -417,13 +423,18 @@ def _items(entries: dict[Any, Any]) -> list[tuple[Any, Any]]:
     """Return what is in a namespace or table, without running code of its class."""
     if dict.__len__(entries) > _MOST_ENTRIES and not isinstance(dict.get(entries, "__name__"), str):
         return []
-    return list(dict.items(entries))
+    return [(key, value) for key, value in dict.items(entries) if not _is_of_compiler(key)]
 
 
 def _may_hold_code(table: dict[Any, Any]) -> bool:
     """Tell whether code may be registered in a table: it is empty, or there is something in it that is not plain."""
     values = [value for _, value in _items(table)]
     return not values or not all(is_plain_type(type(value)) for value in values)
+
+
+def _is_of_compiler(key: object) -> bool:
+    """Tell whether a key is a name that dynamo makes in the module of a function that it compiles."""
+    return type(key) is str and key.startswith("__") and not key.endswith("__")
 
 
 def _is_special(key: object) -> bool:

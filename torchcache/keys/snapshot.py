@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from torchcache.keys.attributes import marks_of
 from torchcache.keys.collector import StateCollector
 from torchcache.keys.digest import digest_named
 from torchcache.keys.fast import attribute_dicts
@@ -57,12 +56,13 @@ class Snapshot:
 
         # What is there now, to be compared at the next call.
         self._modules = self.found.modules
-        self._classes = list(map(type, self._modules))
-        self._attributes = list(map(vars, self._modules))  # alive, so that no other dictionary takes its place
-        self._read_attributes = attribute_dicts.reader_of(self._modules)
-        self._seen_attributes = self._read_attributes()
         self._root = None if root is None else weakref.ref(root)
-        self._root_marks = marks_of(root)
+        owners = self._owners()
+        self._classes = list(map(type, owners))
+        self._read_attributes = attribute_dicts.reader_of(owners)
+        self._seen_attributes = self._read_attributes(owners)
+        # Alive, so that no other dictionary takes the place of one; that of the root is watched, too.
+        self._attributes = list(map(vars, self._modules))
         self._watched = self.found.watched
         self._watched.remember()
         self._marks = Marks(self.tensors)
@@ -130,14 +130,18 @@ class Snapshot:
             return None
         return now
 
+    def _owners(self) -> list[object]:
+        """Return the modules, and the root, which is held weakly, as the last one; None once it is gone."""
+        return [*self._modules] if self._root is None else [*self._modules, self._root()]
+
     def looks_moved(self) -> bool:
         """Compare with the present; costs tens of microseconds for a ViT-B."""
         try:
+            owners = self._owners()
             return (
                 self._watched.have_moved()
-                or list(map(type, self._modules)) != self._classes
-                or self._read_attributes() != self._seen_attributes
-                or (self._root is not None and marks_of(self._root()) != self._root_marks)
+                or list(map(type, owners)) != self._classes
+                or self._read_attributes(owners) != self._seen_attributes
                 or self._marks.read() != self._seen_marks
                 or not self._marks.have_form(self._seen_forms)
                 or b"".join(self._probes) != self._seen_probes

@@ -16,8 +16,9 @@ from typing import Any
 from torchcache.keys.calls import uses_of
 from torchcache.keys.canonical import constant, is_constant
 from torchcache.keys.changes import is_container, is_plain_type
+from torchcache.keys.displaced import name_elsewhere
 from torchcache.keys.home import Home
-from torchcache.keys.imports import Imports, chains_of, names_in_module
+from torchcache.keys.imports import Imports, callables_of_libraries, missing_attributes, names_in_module
 from torchcache.keys.inside import (
     BUILTIN,
     OPENED,
@@ -25,6 +26,7 @@ from torchcache.keys.inside import (
     is_bound_to_object,
     is_text,
     label_inside,
+    last_name,
     named_items,
     names_inside,
     script_of,
@@ -114,7 +116,7 @@ class Walk:
             self._visit_function(value, label)
             return True
         if isinstance(value, type):
-            self.visited.add_class_name(_last_name(label), value)
+            self.visited.add_class_name(last_name(label), value)
             self.visit_class(value)
             return True
         operators = operators_at(value)
@@ -153,7 +155,10 @@ class Walk:
     def _visit_module(self, module: types.ModuleType, label: str) -> bool:
         """Note a module, of which count the attributes that code names; return False if it is loaded under no name."""
         name = getattr(module, "__name__", None)
-        self.trail.stop_at(origin_of_module(name), label, name if isinstance(name, str) else "")
+        origin = origin_of_module(name)
+        self.trail.stop_at(origin, label, name if isinstance(name, str) else "")
+        if self._home.is_own(origin):
+            self._watch.add_object(module)  # of a class that answers for its attributes, from now on
         if type(module) is not types.ModuleType and self._home.is_own(origin_of_class(type(module))):
             self.visit_class(type(module))  # it may answer for attributes that the module does not have
         return sys.modules.get(str(name)) is module
@@ -230,7 +235,7 @@ class Walk:
         if not self._home.is_own(origin):
             self._visit_foreign_function(function, label, origin)
             return
-        self.visited.add_function(_last_name(label), function)
+        self.visited.add_function(last_name(label), function)
         if self.trail.again("function", function, label):
             return
         if self._is_aside:
@@ -299,6 +304,8 @@ class Walk:
 
     def _visit_attributes_of_function(self, function: types.FunctionType, label: str, *, is_own: bool) -> None:
         attributes = vars(function)
+        if attributes:
+            self._watch.add_object(function)
         place: Any = AttributesOf(weakref.ref(function)) if self._is_weak else attributes
         for key in sorted(filter(is_text, attributes)):
             if key not in ON_FUNCTIONS:
@@ -431,19 +438,16 @@ class Walk:
 
     def _follow_chains(self, function: types.FunctionType, reads: Reads) -> None:
         """Visit attributes of functions, and what a user put into a module of a library, such as a faster kernel."""
-        for owner, label, key in chains_of(function, reads):
-            if isinstance(owner, types.FunctionType):
-                is_missing = key not in vars(owner) and not hasattr(owner, key)
-                if is_missing and self._home.is_own(origin_of_function(owner)):
-                    self._watch.add(Name(f"{label}.{key}", vars(owner), key), MISSING)
-            elif isinstance(owner, types.ModuleType) and not self._home.is_own(origin_of_module(owner.__name__)):
-                name = Name(f"{label}.{key}", vars(owner), key)
-                value = vars(owner).get(key)
-                if isinstance(value, (types.FunctionType, types.BuiltinFunctionType, type)):
-                    self._watch.add(name, value)
-                    self.namespaces.add_code(value)
-                    if self._home.leads_to_own(value):
-                        self.visit(value, key)
+        for name in missing_attributes(function, reads, self._home):
+            self._watch.add(name, MISSING)
+        for module, name in callables_of_libraries(function, reads, self._home):
+            value = name.read()
+            self._watch.add(name, value)
+            self.namespaces.add_code(value)
+            if self._home.leads_to_own(value):
+                self.visit(value, name.key)
+            elif (elsewhere := name_elsewhere(value, module.__name__, name.key)) is not None:
+                self.trail.say(f"{name.label} is", elsewhere)
 
     def _follow_uses(self, function: types.FunctionType, reads: Reads) -> None:
         """Note operators, and the modules that a function reaches other than by an attribute that it names."""
@@ -492,8 +496,3 @@ class Walk:
             self._visit_items(value, name.key)
         elif self._home.leads_to_own(value):  # it may be another one at each call
             self.visit_class(type(value))
-
-
-def _last_name(label: str) -> str:
-    """Return the name that code reads of a label."""
-    return label.rpartition(".")[2]

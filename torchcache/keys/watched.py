@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from torchcache.keys.attributes import marks_of, slots_of
+from torchcache.keys.attributes import slots_of
 from torchcache.keys.entries import (
     MARSHALLED,
     attribute_entries_of,
@@ -27,7 +27,7 @@ from torchcache.keys.entries import (
     entries_of,
     identities_of,
 )
-from torchcache.keys.fast import dict_versions
+from torchcache.keys.fast import attribute_dicts, dict_versions
 from torchcache.keys.fast.dict_versions import Reader
 from torchcache.keys.holders import Holders
 from torchcache.keys.in_turn import (
@@ -60,7 +60,10 @@ class Watched:
         self._known_objects: set[int] = set()  # an object may be a container, or registered, and have attributes too
         self._known_contents: set[int] = set()
         self._objects: list[object] = []  # of which the class, or the dictionary of attributes, may be replaced
-        self._marks: list[tuple[type, int]] = []
+        self._types: list[type] = []
+        self._attributes: list[object] = []  # kept alive, so that no other dictionary takes the place of one
+        self._read_dicts: attribute_dicts.Read = id
+        self._seen_dicts: object = None
         self._entries_left = MOST_ENTRIES
         self._bytes_left = MOST_BYTES
         self._dicts: list[tuple[dict[Any, Any], Callable[[Any], object]]] = []  # compared only where one was changed
@@ -128,11 +131,15 @@ class Watched:
             return
 
         self._entries_left -= size
-        self._objects.append(value)
+        self.add_object(value)
         if plain is not None:
             self.holders.watch(plain, [name for name in names if name in plain])
         if slots_of(type(value)):
             self.holders.watch_slots(value)
+
+    def add_object(self, value: object) -> None:
+        """Watch of which class an object is, and which dictionary has its attributes."""
+        self._objects.append(value)
 
     def add_array(self, value: np.ndarray[Any, Any]) -> None:
         """Watch an array of numbers."""
@@ -175,7 +182,10 @@ class Watched:
         self._in_dicts = [way(value) for value, way in self._dicts]
         self._containers_in_turn.remember()
         self._arrays_in_turn.remember()
-        self._marks = list(map(marks_of, self._objects))
+        self._types = list(map(type, self._objects))
+        self._attributes = [getattr(value, "__dict__", None) for value in self._objects]
+        self._read_dicts = attribute_dicts.reader_of(self._objects)
+        self._seen_dicts = self._read_dicts(self._objects)
         self._seen = self._read()
         self._seen_large = [read() for read in self._large_contents]
         self._questions = self._needed_questions()
@@ -205,7 +215,7 @@ class Watched:
         return False
 
     def _objects_moved(self) -> bool:
-        return list(map(marks_of, self._objects)) != self._marks
+        return list(map(type, self._objects)) != self._types or self._read_dicts(self._objects) != self._seen_dicts
 
     def _dicts_moved(self) -> bool:
         versions = self._read_versions() if self._read_versions else b""

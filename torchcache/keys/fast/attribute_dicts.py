@@ -1,7 +1,8 @@
 """Which dictionaries have the attributes of many objects, asked of the interpreter at once.
 
-CPython keeps a pointer to it in each object, or in front of it. Whether it lies there is looked up for each object;
-where one has it elsewhere, all are asked by name, which takes three times as long. This module does not import torch.
+CPython keeps a pointer to it in each object, or in front of it. Whether it lies there is looked up for each object; one
+that has it elsewhere is asked by name, and not at all if its class makes another one each time. This module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -20,16 +21,26 @@ _IN_FRONT = -3 * _POINTER
 
 _attributes_of = attrgetter("__dict__")  # a third faster than vars
 
+Read = Callable[[Sequence[object]], object]
 
-def reader_of(objects: Sequence[object]) -> Callable[[], object]:
+
+def reader_of(objects: Sequence[object]) -> Read:
     """Return a function whose result differs once one of the objects has its attributes in another dictionary.
 
-    Its owner keeps the objects alive, and the dictionaries that they have now.
+    It is given the same objects, so whoever holds them weakly does not keep them by it. Whoever calls it keeps the
+    dictionaries that they have now, or another one may take the place of one.
     """
-    views = list(map(_view_of, objects))
-    if all(view is not None for view in views):
-        return lambda: b"".join(views)  # type: ignore[arg-type] # none is None
-    return lambda: list(map(id, map(_attributes_of, objects)))
+    views: list[memoryview] = []
+    named: list[int] = []
+    for i, owner in enumerate(objects):
+        view = _view_of(owner)
+        if view is not None:
+            views.append(view)
+        elif _has_one(owner):
+            named.append(i)
+    if not named:
+        return lambda objects: b"".join(views)  # noqa: ARG005 - they are alive, which is all that is needed
+    return lambda objects: (b"".join(views), [id(_attributes_of(objects[i])) for i in named])
 
 
 def _view_of(owner: object) -> memoryview | None:
@@ -41,3 +52,9 @@ def _view_of(owner: object) -> memoryview | None:
     attributes = _attributes_of(owner)  # which some objects have from now on only
     view = memoryview(_View.from_address(id(owner) + offset))
     return view if int.from_bytes(view, sys.byteorder) == id(attributes) else None
+
+
+def _has_one(owner: object) -> bool:
+    """Tell whether an object has the same dictionary each time."""
+    one = getattr(owner, "__dict__", None)
+    return one is not None and getattr(owner, "__dict__", None) is one
