@@ -15,7 +15,9 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(900),
     pytest.mark.skipif(not TORCHVISION.is_dir(), reason=f"torchvision is not in {TORCHVISION}, where tox.ini puts it"),
-    pytest.mark.skipif(importlib.util.find_spec("open_clip") is None, reason="needs open_clip_torch"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("open_clip") is None, reason="needs open_clip (requirements-clients.txt)"
+    ),
 ]
 
 IMAGES = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))

@@ -43,15 +43,14 @@ def pointers(request, monkeypatch):
 def test_another_dictionary_is_seen(make):
     objects = [make() for _ in range(3)]
     before = [vars(held) for held in objects]
-    read = attribute_dicts.reader_of(objects)
-    seen = read(objects)
+    makeup = attribute_dicts.Makeup(objects)
     objects[1].some = 1
-    assert read(objects) == seen
+    assert not makeup.has_changed(objects)
     if not isinstance(objects[1], types.SimpleNamespace):  # whose dictionary cannot be assigned
         objects[1].__dict__ = dict(before[1])
-        assert read(objects) != seen
+        assert makeup.has_changed(objects)
         objects[1].__dict__ = before[1]
-        assert read(objects) == seen
+        assert not makeup.has_changed(objects)
 
 
 @pytest.mark.skipif(sys.implementation.name != "cpython", reason="other interpreters keep it elsewhere")
@@ -66,8 +65,7 @@ def test_a_dictionary_that_is_made_anew_each_time_is_no_change():
             return {}
 
     objects = [Shown(), Slotted()]
-    read = attribute_dicts.reader_of(objects)
-    seen = read(objects)
-    assert read(objects) == seen
+    makeup = attribute_dicts.Makeup(objects)
+    assert not makeup.has_changed(objects)
     objects[1].__dict__ = {}
-    assert read(objects) != seen
+    assert makeup.has_changed(objects)

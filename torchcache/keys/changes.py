@@ -19,7 +19,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from operator import attrgetter, getitem, is_, itemgetter
 from typing import Any
 
-from torchcache.keys.fast import attribute_dicts
+from torchcache.keys.fast.attribute_dicts import Makeup
 from torchcache.keys.origins import is_own_class
 from torchcache.keys.places import MISSING, Name
 
@@ -150,9 +150,7 @@ class Watch:
         self._weak: list[tuple[Name, int]] = []
         self._objects: dict[int, Callable[[], object]] = {}
         self._all_objects: list[Callable[[], object]] = []
-        self._types_of_objects: list[type] = []
-        self._read_dicts: attribute_dicts.Read = id
-        self._seen_dicts: object = None
+        self._makeup: Makeup = Makeup([])
         self._soft: dict[int, tuple[Any, dict[str, type]]] = {}
         self._containers: list[tuple[Name, list[int]]] = []
         self._missing: dict[int, tuple[Any, set[str]]] = {}
@@ -257,12 +255,9 @@ class Watch:
         self._all_classes = list(self._classes.values())
         self._saved_bases = list(map(_bases, self._all_classes))
         self._saved_metaclasses = list(map(type, self._all_classes))
-        if len(self._types_of_objects) != len(self._objects):  # else nothing is new, and what moved is to be seen
+        if len(self._all_objects) != len(self._objects):  # else nothing is new, and what moved is to be seen
             self._all_objects = list(self._objects.values())
-            objects = [read() for read in self._all_objects]
-            self._types_of_objects = list(map(type, objects))
-            self._read_dicts = attribute_dicts.reader_of(objects)
-            self._seen_dicts = self._read_dicts(objects)
+            self._makeup = Makeup([read() for read in self._all_objects])
         self._code_reading = _Reading(self._strong)
         self._data_reading = _Reading(self._soft)
         self._absent: list[tuple[Mapping[str, Any], frozenset[str]]] = []
@@ -290,10 +285,8 @@ class Watch:
 
         if self._weak and any(id(name.read()) != number for name, number in self._weak):
             return True
-        if self._all_objects:
-            objects = [read() for read in self._all_objects]
-            if list(map(type, objects)) != self._types_of_objects or self._read_dicts(objects) != self._seen_dicts:
-                return True
+        if self._all_objects and self._makeup.has_changed([read() for read in self._all_objects]):
+            return True
         if self._absent and not all(place.keys().isdisjoint(keys) for place, keys in self._absent):
             return True
         if self._absent_elsewhere and any(name.read() is not MISSING for name in self._absent_elsewhere):

@@ -10,7 +10,7 @@ from torch import nn
 
 from torchcache.keys.collector import StateCollector
 from torchcache.keys.digest import digest_named
-from torchcache.keys.fast import attribute_dicts
+from torchcache.keys.fast.attribute_dicts import Makeup
 from torchcache.keys.fast.host_memory import probes_of
 from torchcache.keys.fast.marks import Marks
 from torchcache.keys.layers import WITHOUT_WEIGHTS
@@ -57,10 +57,7 @@ class Snapshot:
         # What is there now, to be compared at the next call.
         self._modules = self.found.modules
         self._root = None if root is None else weakref.ref(root)
-        owners = self._owners()
-        self._classes = list(map(type, owners))
-        self._read_attributes = attribute_dicts.reader_of(owners)
-        self._seen_attributes = self._read_attributes(owners)
+        self._makeup = Makeup(self._owners())
         # Alive, so that no other dictionary takes the place of one; that of the root is watched, too.
         self._attributes = list(map(vars, self._modules))
         self._watched = self.found.watched
@@ -137,11 +134,9 @@ class Snapshot:
     def looks_moved(self) -> bool:
         """Compare with the present; costs tens of microseconds for a ViT-B."""
         try:
-            owners = self._owners()
             return (
                 self._watched.have_moved()
-                or list(map(type, owners)) != self._classes
-                or self._read_attributes(owners) != self._seen_attributes
+                or self._makeup.has_changed(self._owners())
                 or self._marks.read() != self._seen_marks
                 or not self._marks.have_form(self._seen_forms)
                 or b"".join(self._probes) != self._seen_probes

@@ -27,7 +27,8 @@ from torchcache.keys.entries import (
     entries_of,
     identities_of,
 )
-from torchcache.keys.fast import attribute_dicts, dict_versions
+from torchcache.keys.fast import dict_versions
+from torchcache.keys.fast.attribute_dicts import Makeup
 from torchcache.keys.fast.dict_versions import Reader
 from torchcache.keys.holders import Holders
 from torchcache.keys.in_turn import (
@@ -60,10 +61,8 @@ class Watched:
         self._known_objects: set[int] = set()  # an object may be a container, or registered, and have attributes too
         self._known_contents: set[int] = set()
         self._objects: list[object] = []  # of which the class, or the dictionary of attributes, may be replaced
-        self._types: list[type] = []
         self._attributes: list[object] = []  # kept alive, so that no other dictionary takes the place of one
-        self._read_dicts: attribute_dicts.Read = id
-        self._seen_dicts: object = None
+        self._makeup: Makeup = Makeup([])
         self._entries_left = MOST_ENTRIES
         self._bytes_left = MOST_BYTES
         self._dicts: list[tuple[dict[Any, Any], Callable[[Any], object]]] = []  # compared only where one was changed
@@ -182,10 +181,8 @@ class Watched:
         self._in_dicts = [way(value) for value, way in self._dicts]
         self._containers_in_turn.remember()
         self._arrays_in_turn.remember()
-        self._types = list(map(type, self._objects))
         self._attributes = [getattr(value, "__dict__", None) for value in self._objects]
-        self._read_dicts = attribute_dicts.reader_of(self._objects)
-        self._seen_dicts = self._read_dicts(self._objects)
+        self._makeup = Makeup(self._objects)
         self._seen = self._read()
         self._seen_large = [read() for read in self._large_contents]
         self._questions = self._needed_questions()
@@ -215,7 +212,7 @@ class Watched:
         return False
 
     def _objects_moved(self) -> bool:
-        return list(map(type, self._objects)) != self._types or self._read_dicts(self._objects) != self._seen_dicts
+        return self._makeup.has_changed(self._objects)
 
     def _dicts_moved(self) -> bool:
         versions = self._read_versions() if self._read_versions else b""

@@ -1,15 +1,15 @@
-"""Which dictionaries have the attributes of many objects, asked of the interpreter at once.
+"""Of which classes many objects are, and which dictionaries have their attributes, asked of the interpreter at once.
 
-CPython keeps a pointer to it in each object, or in front of it. Whether it lies there is looked up for each object; one
-that has it elsewhere is asked by name, and not at all if its class makes another one each time. This module does not
-import torch.
+CPython keeps a pointer to the dictionary in each object, or in front of it. Whether it lies there is looked up for each
+object; one that has it elsewhere is asked by name, and not at all if its class makes another one each time. This module
+does not import torch.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 
 _POINTER = ctypes.sizeof(ctypes.c_void_p)
@@ -21,26 +21,29 @@ _IN_FRONT = -3 * _POINTER
 
 _attributes_of = attrgetter("__dict__")  # a third faster than vars
 
-Read = Callable[[Sequence[object]], object]
 
+class Makeup:
+    """Of which classes some objects are, and which dictionaries have their attributes: both can be assigned.
 
-def reader_of(objects: Sequence[object]) -> Read:
-    """Return a function whose result differs once one of the objects has its attributes in another dictionary.
-
-    It is given the same objects, so whoever holds them weakly does not keep them by it. Whoever calls it keeps the
-    dictionaries that they have now, or another one may take the place of one.
+    Holds none of the objects. Whoever has this keeps their dictionaries, or another one may take the place of one.
     """
-    views: list[memoryview] = []
-    named: list[int] = []
-    for i, owner in enumerate(objects):
-        view = _view_of(owner)
-        if view is not None:
-            views.append(view)
-        elif _has_one(owner):
-            named.append(i)
-    if not named:
-        return lambda objects: b"".join(views)  # noqa: ARG005 - they are alive, which is all that is needed
-    return lambda objects: (b"".join(views), [id(_attributes_of(objects[i])) for i in named])
+
+    def __init__(self, objects: Sequence[object]) -> None:
+        self._types = list(map(type, objects))
+        views = [_view_of(owner) for owner in objects]
+        self._views = [view for view in views if view is not None]
+        self._named = [i for i, view in enumerate(views) if view is None and _has_one(objects[i])]
+        self._seen = b"".join(self._views)
+        self._seen_named = self._ask(objects)
+
+    def has_changed(self, objects: Sequence[object]) -> bool:
+        """Compare with what is so now of the same objects, which are alive, or None where one is gone."""
+        if list(map(type, objects)) != self._types or b"".join(self._views) != self._seen:
+            return True
+        return bool(self._named) and self._ask(objects) != self._seen_named
+
+    def _ask(self, objects: Sequence[object]) -> list[int]:
+        return [id(_attributes_of(objects[i])) for i in self._named]
 
 
 def _view_of(owner: object) -> memoryview | None:
